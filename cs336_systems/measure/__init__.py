@@ -1,0 +1,1 @@
+"""Clocks, memory, device facts and the one record that every measurement becomes."""
