@@ -41,7 +41,10 @@ def run(case: Case, build: Callable[[], Workload], **settings: float) -> Record:
 def test_order_of_a_case() -> None:
     log = Log()
     workload = Workload(
-        step=log.call("step"), setup=log.call("setup"), check=log.call("check"), count=lambda: {"k": 1}
+        step=log.call("step"),
+        setup=log.call("setup"),
+        check=log.call("check"),
+        count=lambda: {"k": 1},
     )
     record = run(CASE, lambda: workload)
     warm_up = ["setup", "step"] * 2
@@ -51,7 +54,9 @@ def test_order_of_a_case() -> None:
 
 
 def test_command_line_rounds_hold_where_the_case_has_none() -> None:
-    record = run(Case(study="s", params={}), lambda: Workload(step=lambda: None), rounds=7, warmup_rounds=0)
+    record = run(
+        Case(study="s", params={}), lambda: Workload(step=lambda: None), rounds=7, warmup_rounds=0
+    )
     assert (record.case.rounds, record.case.warmup_rounds) == (7, 0)
 
 
@@ -75,7 +80,9 @@ def test_wrong_result_is_not_timed() -> None:
 
 def test_running_out_of_memory_is_a_row() -> None:
     def build() -> Workload:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."
+        )
 
     record = run(CASE, build)
     assert record.status == "oom"
