@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -33,12 +36,13 @@ class Canvas:
     num_columns: int
     panel_width: float
     panel_height: float
+    legend_title: str
     legend_labels: Sequence[str]
     figure: Figure = field(init=False)
     axes: list[list[Axes]] = field(init=False)
 
     def __post_init__(self) -> None:
-        longest = max(map(len, self.legend_labels), default=0)
+        longest = max(map(len, (self.legend_title, *self.legend_labels)))
         self._legend_width = longest * _LETTER + 0.75 if self.legend_labels else 0.0
         grid = self.num_columns * (self.panel_width + _GAP_X) - _GAP_X
         width = max(_LEFT + grid + self._legend_width + _RIGHT, 6.5)
@@ -85,12 +89,12 @@ class Canvas:
             left, 0.06 / height, "\n".join(stamp), fontsize=6.5, va="bottom", color=_GREY
         )
 
-    def legend(self, handles: Sequence[Artist], title: str) -> None:
+    def legend(self, handles: Sequence[Artist]) -> None:
         """Put the legend to the right of the panels."""
         self.figure.legend(
             handles=list(handles),
             labels=list(self.legend_labels),
-            title=title,
+            title=self.legend_title,
             loc="upper left",
             bbox_to_anchor=self._legend_at,
             borderaxespad=0.0,
@@ -103,15 +107,25 @@ class Canvas:
     def png(self) -> bytes:
         """Return the picture; the same data gives the same bytes."""
         buffer = io.BytesIO()
-        with matplotlib.rc_context({"hatch.linewidth": 0.6}):
-            self.figure.savefig(buffer, format="png", metadata={"Software": None})
+        self.figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw under the report's settings: a command's dollar signs are no formula."""
+    settings: Any = {"hatch.linewidth": 0.6, "text.parse_math": False}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A name in a script that the font lacks is shown as boxes; the tables have it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _wrap(lines: Sequence[str], width: float, points: float) -> list[str]:
     # A letter of the default font is a little over half as wide as its size in points.
     columns = int((width - 0.3) * 72 / (points * 0.56))
-    return [part for line in lines for part in textwrap.wrap(line, columns)]
+    wrapper = textwrap.TextWrapper(columns, break_on_hyphens=False)
+    return [part for line in lines for part in wrapper.wrap(line)]
 
 
 def log_ticks_at(axes: Axes, values: Sequence[float]) -> None:
@@ -123,16 +137,17 @@ def log_ticks_at(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
 
 
-def scale_y(axes: Axes, *, log: bool, low: float, high: float) -> None:
-    """Set a panel's y axis over all its values: from zero, or logarithmic with plain labels."""
+def scale_y(axes: Axes, *, log: bool, low: float, high: float, free: float) -> None:
+    """Set a panel's y axis from zero or logarithmic; `free` is the part kept empty at its top."""
     if log:
         axes.set_yscale("log")
-        axes.set_ylim(low / 1.8, high * 1.8)
+        bottom, top = low / 1.8, high * 1.8
+        axes.set_ylim(bottom, top * (top / bottom) ** (free / (1 - free)))
         # A narrow range would show one tick or none with powers of ten alone.
         subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.set_ylim(0, high * 1.08 or 1.0)
+        axes.set_ylim(0, high * 1.08 / (1 - free))
         axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 from cs336_systems.report import text
 from cs336_systems.report.frame import Row
@@ -30,10 +31,11 @@ def _block(section: Section) -> str | None:
     plain_name, fast_name, is_plain, is_fast = _variants(rows)
     table = _table(rows, passes, is_plain, is_fast if fast_name else None)
     compared = f"{plain_name} {_ARROW} {fast_name}" if fast_name else plain_name
-    of = f"; the last columns are the {word(passes[-1])}'s, {fast_name or plain_name}"
+    of = f"; the last columns are the {word(passes[-1])}'s"
+    by = f" in {fast_name.partition(' (')[0]}" if fast_name else ""
     at = f" at context {context}" if context is not None else ""
     lines = [
-        f"Median ms of each pass{at} on {section.hardware.label}, {compared}{of}.",
+        f"Median ms of each pass{at} on {section.hardware.label}, {compared}{of}{by}.",
         markdown_table(table),
         "\n".join(f"<sub>{line}</sub>" for line in section.stamp),
     ]
@@ -74,15 +76,13 @@ def _table(
         for size in values_of("size", rows)
     ]
     last = ("speedup", "tokens_per_s", "share_of_peak", "peak_gib")
+    headers = ["size", *(f"{word(name)} (ms)" for name in passes), *map(text.header, last)]
+    filled = [any(line[i].text != text.NOTHING for line in lines) for i in range(len(headers))]
     return Table(
         title="Headline",
-        headers=[
-            "size",
-            *(f"{word(name)} (ms)" for name in passes),
-            *(text.header(name) for name in last),
-        ],
-        numeric=[False, *(True for _ in (*passes, *last))],
-        rows=lines,
+        headers=list(compress(headers, filled)),
+        numeric=list(compress([False, *(True for _ in headers[1:])], filled)),
+        rows=[list(compress(line, filled)) for line in lines],
     )
 
 

@@ -160,6 +160,11 @@ def _check_record(record: Value) -> None:
         record[name].text_or_none()
     for name in ("tokens", "flops"):
         record[name].number_or_none()
+    for name in ("rounds", "warmup_rounds"):
+        if not record[name].absent:
+            record[name].integer()
+    if not record["conditions"].absent:
+        record["conditions"].mapping()
     for _, value in record["counts"].fields():
         value.integer()
     for _, value in record["facts"].fields():
@@ -170,7 +175,8 @@ def _check_stats(stats: Value) -> None:
     for name in _POSITIVE_STATS:
         stats[name].number()
     stats["stddev"].number(zero=True)
-    stats["rounds"].number()
+    if stats["rounds"].integer() < 1:
+        raise stats["rounds"].must("be at least 1")
     if not stats["data"].absent:
         for sample in stats["data"].elements():
             sample.number()

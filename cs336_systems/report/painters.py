@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -19,8 +20,12 @@ from cs336_systems.report.studies import values_of, word
 
 _GROUP = 0.84
 """The part of a group's room that its bars fill."""
+_WIDEST = 0.3
+"""The most of it that a single bar takes."""
 _STUB = 0.045
 """The height of the hatched stub of a case without a time, as a part of the axis."""
+BAND = 0.13
+"""The height of the band above the lines that marks cases without a time."""
 
 
 def look(scene: Scene, palette: Palette, wanted: Values) -> Look:
@@ -34,7 +39,9 @@ def handle(scene: Scene, palette: Palette, wanted: Values) -> Artist:
     style = look(scene, palette, wanted)
     if scene.plot.kind in ("bars", "spread"):
         return Patch(facecolor=style.colour)
-    return Line2D([], [], color=style.colour, marker=style.marker, linestyle=style.dash, ms=4.5)
+    return Line2D(
+        [], [], color=style.colour, marker=style.marker, linestyle=style.dash, ms=4.5, mfc="none"
+    )
 
 
 def stopped_handle(scene: Scene) -> Artist:
@@ -46,11 +53,12 @@ def stopped_handle(scene: Scene) -> Artist:
 
 def _paint_bars(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]) -> None:
     groups = values_of(scene.plot.x, scene.rows)
-    width = _GROUP / len(scene.series)
+    width = min(_GROUP / len(scene.series), _WIDEST)
     for position, wanted in enumerate(scene.series):
         style = look(scene, palette, wanted)
         for row in scene.of_series(wanted, rows):
-            at = groups.index(row[scene.plot.x]) - _GROUP / 2 + width * (position + 0.5)
+            beside = width * (position - (len(scene.series) - 1) / 2)
+            at = groups.index(row[scene.plot.x]) + beside
             height = scene.height(row)
             if height is not None:
                 axes.bar(at, height, width * 0.92, color=style.colour)
@@ -93,28 +101,42 @@ def _paint_lines(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]
             color=style.colour,
             marker=style.marker,
             linestyle=style.dash,
-            markersize=4,
-            linewidth=1.4,
+            **_stroke(position, len(scene.series)),
         )
-        # Series that stop at the same point are marked below one another.
-        stops = [row[x] for row in own if row["status"] != "ok"]
-        axes.plot(
-            stops,
-            [0.975 - 0.045 * position] * len(stops),
-            color=style.colour,
-            marker="x",
-            markersize=4.5,
-            linestyle="none",
-            transform=axes.get_xaxis_transform(),
-        )
+    if scene.stopped:
+        _mark_stops(scene, palette, axes, rows)
     swept = values_of(x, scene.rows)
     if scene.plot.log_x and swept[0] > 0:
         log_ticks_at(axes, swept)
         axes.set_xlim(swept[0] / 1.25, swept[-1] * 1.25)
 
 
+def _mark_stops(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]) -> None:
+    # A band of its own, because a mark among the lines would read as a time.
+    band = Rectangle((0, 1 - BAND), 1, BAND, transform=axes.transAxes, color="#f0f0f0", lw=0)
+    axes.add_patch(band).set_zorder(0)
+    stopped = [row for row in rows if row["status"] != "ok"]
+    series = [wanted for wanted in scene.series if scene.of_series(wanted, stopped)]
+    for position, wanted in enumerate(series):
+        stops = [row[scene.plot.x] for row in scene.of_series(wanted, stopped)]
+        axes.plot(
+            stops,
+            [1 - BAND * (position + 0.5) / len(series)] * len(stops),
+            color=look(scene, palette, wanted).colour,
+            marker="x",
+            markersize=4.5,
+            linestyle="none",
+            transform=axes.get_xaxis_transform(),
+        )
+
+
+def _stroke(position: int, count: int) -> dict[str, Any]:
+    """Return widths that thin from series to series, so that equal lines show one another."""
+    return {"linewidth": 2.1 - 0.9 * position / max(count - 1, 1), "ms": 4.5, "mfc": "none"}
+
+
 def _paint_rounds(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]) -> None:
-    for wanted in scene.series:
+    for position, wanted in enumerate(scene.series):
         style = look(scene, palette, wanted)
         for row in scene.of_series(wanted, rows):
             data = row["data_ms"] or []
@@ -124,8 +146,7 @@ def _paint_rounds(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row
                 color=style.colour,
                 marker=style.marker,
                 linestyle=style.dash,
-                markersize=3.5,
-                linewidth=1.1,
+                **_stroke(position, len(scene.series)),
             )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 

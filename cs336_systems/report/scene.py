@@ -70,8 +70,17 @@ def values(params: Sequence[str], row: Row) -> Values:
 
 
 def label(combination: Sequence[Any]) -> str:
-    """Return a series' or a panel's name."""
+    """Return a series' name."""
     return ", ".join(map(word, combination))
+
+
+def heading(params: Sequence[str], combination: Values) -> str:
+    """Return a panel's name, in which a bare number is preceded by what it is."""
+    pairs = zip(params, combination, strict=True)
+    return ", ".join(
+        f"{text.header(param)} {value}" if numbers([value]) else word(value)
+        for param, value in pairs
+    )
 
 
 def numbers(found: Sequence[Any]) -> bool:
@@ -84,13 +93,16 @@ def set_scene(plot: Plot, index: Sequence[str], rows: Sequence[Row]) -> Scene | 
     rows = [row for row in rows if not plot.x or row.get(plot.x) is not None]
     if not any(row.get(plot.y) is not None for row in rows) or (plot.x and plot.x not in index):
         return None
-    if plot.kind == "lines" and not numbers(values_of(plot.x, rows)):
+    swept = values_of(plot.x, rows)
+    if plot.kind == "lines" and not (len(swept) > 1 and numbers(swept)):
         return None
-    rows = _narrow(plot, index, rows)
+    said: list[str] = []
+    rows = _narrow(plot, index, rows, said)
     if not any(row.get(plot.y) is not None for row in rows):
         return None
     constant = [p for p in index if p != plot.x and len(values_of(p, rows)) == 1]
-    said = [f"{text.header(param)} {word(rows[0].get(param))}" for param in constant]
+    shown = [p for p in constant if p != plot.regardless]
+    said += [f"{text.header(param)} {word(rows[0].get(param))}" for param in shown]
     return _split(_varying(plot, index, constant), rows, said)
 
 
@@ -114,7 +126,7 @@ def generic_plots(index: Sequence[str], rows: Sequence[Row]) -> tuple[Plot, ...]
     )
 
 
-def _narrow(plot: Plot, index: Sequence[str], rows: list[Row]) -> list[Row]:
+def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) -> list[Row]:
     if plot.fullest is not None and plot.fullest in index:
         best = fullest(plot.fullest, plot.x, rows)
         rows = [row for row in rows if row.get(plot.fullest) == best]
@@ -123,6 +135,14 @@ def _narrow(plot: Plot, index: Sequence[str], rows: list[Row]) -> list[Row]:
     if ends and timed:
         found = combinations_of(ends, timed)
         rows = [row for row in rows if values(ends, row) in (found[0], found[-1])]
+        if len(found) > 2:
+            said.append(f"first and last of {len(found)} variants, all are in the table")
+    if plot.regardless is not None and plot.regardless in index:
+        rest = [param for param in index if param != plot.regardless]
+        # Rows that hold the measure come last and so replace those that do not.
+        ordered = sorted(rows, key=lambda row: row.get(plot.y) is not None)
+        rows = list({values(rest, row): row for row in ordered}.values())
+        rows = [{**row, plot.regardless: None} for row in rows]
     return rows
 
 

@@ -50,6 +50,8 @@ class Plot:
     """Keep one value of this parameter: that with the most values of `x`, of equals the largest."""
     ends: tuple[str, ...] = ()
     """Of these parameters' combinations keep the first and the last in order."""
+    regardless: str | None = None
+    """`y` does not depend on this parameter: of its rows keep the one that has it."""
     log_x: bool = False
     log_y: bool | None = None
     """None: where the largest value is many times the smallest."""
@@ -188,6 +190,7 @@ _ATTENTION_GRID = Study(
             y="metrics.before_backward_bytes",
             series=("attention", "dtype"),
             columns=("d",),
+            regardless="pass",
             log_x=True,
             log_y=True,
         ),

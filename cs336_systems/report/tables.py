@@ -124,6 +124,9 @@ def _columns(index: Sequence[str], rows: Sequence[Row]) -> list[str]:
     mixed = [name for name in ("clock", "cache") if len({row[name] for row in rows}) > 1]
     candidates = [*TIME_COLUMNS, "rounds", "warmup_rounds", *_RATES, *measures]
     filled = [name for name in candidates if any(row[name] is not None for row in rows)]
+    if "rounds" not in filled and "warmup_rounds" in filled:
+        # Nothing was timed, so nothing was warmed up.
+        filled.remove("warmup_rounds")
     stopped = any(row["status"] != "ok" for row in rows)
     if stopped and not any(name in TIME_COLUMNS for name in filled):
         # Without any time there is still an outcome to show.

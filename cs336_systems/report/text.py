@@ -11,10 +11,13 @@ from cs336_systems.report.frame import missing
 NOTHING = "-"
 STATUS = {"oom": "OOM", "skipped": "skipped", "not_installed": "not installed"}
 CLOCKS = {
-    "wall_ms": "wall clock (host, device synchronised at both ends)",
-    "gpu_ms": "GPU clock (CUDA events around the call)",
+    "wall_ms": "`wall_ms`, the host's, with the device synchronised at both ends",
+    "gpu_ms": "`gpu_ms`, the GPU's own, by events around the call",
 }
-CACHES = {"warm": "warm cache", "cold": "L2 cache flushed before every call"}
+CACHES = {
+    "warm": "warm, as the call before left it",
+    "cold": "cold, L2 flushed before every call",
+}
 
 _HEADERS = {
     "median_ms": "median (ms)",
@@ -37,6 +40,11 @@ _HEADERS = {
     "size": "model size",
     "warmup": "warm-up rounds asked for",
 }
+_NAMES = {
+    "before_backward_bytes": "memory before backward",
+    "saved_bytes": "saved for backward",
+    "do_bench_ms": "do_bench (ms)",
+}
 _SHORT = {"d": "d", "seq": "seq", "context": "context", "size": "size", "warmup": "warm-up asked"}
 _UNITS = {
     "ms": "ms",
@@ -58,7 +66,10 @@ def header(column: str, unit: str | None = None, *, axis: bool = False) -> str:
     group, _, rest = column.partition(".")
     name = rest if group in ("metrics", "counts", "facts", "case") else column
     if unit is not None:
-        return f"{name.removesuffix('_bytes').replace('_', ' ')} ({unit})"
+        words = _NAMES.get(name, name.removesuffix("_bytes").replace("_", " "))
+        return f"{words} ({unit})"
+    if name in _NAMES:
+        return _NAMES[name]
     if name.endswith("_per_s"):
         return f"{name.removesuffix('_per_s').replace('_', ' ')}/s"
     stem, _, last = name.rpartition("_")

@@ -10,6 +10,7 @@ from typing import Any
 from cs336_systems.errors import UsageError, bad
 
 _LONGEST_QUOTE = 70
+_LARGEST = 2**63 - 1
 
 
 class _Nothing:
@@ -105,18 +106,22 @@ class Value:
         number = _as_float(self.raw)
         if number is None and not self.absent:
             raise self.must("be a number or null")
-        return number
+        return number if number is None or isinstance(self.raw, float) else float(self.integer())
 
     def integer(self) -> int:
         """Return the value as a whole number of any sign."""
-        if isinstance(self.raw, bool) or not isinstance(self.raw, int):
-            raise self.must("be a whole number")
+        if isinstance(self.raw, bool) or not isinstance(self.raw, int) or abs(self.raw) > _LARGEST:
+            raise self.must("be a whole number of 64 bits")
         return self.raw
 
     def scalar(self) -> str | int | float | bool:
         """Return the value as a string, a finite number or a truth value."""
-        finite = not isinstance(self.raw, float) or math.isfinite(self.raw)
-        if not isinstance(self.raw, str | int | float | bool) or not finite:
+        number = _as_float(self.raw)
+        if number is not None:
+            if not math.isfinite(number):
+                raise self.must("be finite")
+            return self.integer() if isinstance(self.raw, int) else number
+        if not isinstance(self.raw, str | bool):
             raise self.must("be a string, a number or true/false")
         return self.raw
 
