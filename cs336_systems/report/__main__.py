@@ -102,10 +102,10 @@ def _compare(options: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
     for pattern in comparison.unused:
         print(f"report: --allow {pattern} declares nothing that changed", file=sys.stderr)
-    print(verdict.table(comparison))
-    print(verdict.summary(comparison))
     if options.json is not None:
         _write_json(options.json.resolve(), verdict.as_json(comparison))
+    print(verdict.table(comparison))
+    print(verdict.summary(comparison))
     return 0 if comparison.passed else 1
 
 
@@ -129,7 +129,7 @@ def _threshold(option: str) -> tuple[str, float]:
 
 def _allowance(option: str) -> tuple[str, str]:
     # An id holds '=' itself, so the pattern ends at the first one behind its bracket or star.
-    found = re.fullmatch(r"(.*?[\]*])=(.+)", option) or re.fullmatch(r"([^=]+)=(.+)", option)
+    found = re.fullmatch(r"(.*?[\]*])=(.+)", option) or re.fullmatch(r"([^=[]+)=(.+)", option)
     if found is None:
         raise bad("report", "--allow", "be PATTERN=REASON", option)
     return found[1], found[2]

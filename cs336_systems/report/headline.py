@@ -31,11 +31,13 @@ def _block(section: Section) -> str | None:
     plain_name, fast_name, is_plain, is_fast = _variants(rows)
     table = _table(rows, passes, is_plain, is_fast if fast_name else None)
     compared = f"{plain_name} {_ARROW} {fast_name}" if fast_name else plain_name
-    of = f"; the last columns are the {word(passes[-1])}'s"
-    by = f" in {fast_name.partition(' (')[0]}" if fast_name else ""
+    more = ""
+    if len(table.headers) > 1 + len(passes):
+        by = f" in {fast_name.partition(' (')[0]}" if fast_name else ""
+        more = f"; the last columns are the {word(passes[-1])}'s{by}"
     at = f" at context {context}" if context is not None else ""
     lines = [
-        f"Median ms of each pass{at} on {section.hardware.label}, {compared}{of}{by}.",
+        f"Median ms of each pass{at} on {section.hardware.label}, {compared}{more}.",
         markdown_table(table),
         "\n".join(f"<sub>{line}</sub>" for line in section.stamp),
     ]

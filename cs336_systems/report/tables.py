@@ -233,7 +233,8 @@ def _measured_notes(rows: Sequence[Row]) -> list[str]:
     throttled = [row["throttle"] for row in rows if row["throttle"]]
     if throttled:
         reasons = ", ".join(sorted(set(throttled)))
-        notes.append(f"The device held its clocks down in {len(throttled)} cases: {reasons}.")
+        share = f"{len(throttled)} of {len(rows)} cases"
+        notes.append(f"The device held its clocks down in {share}: {reasons}.")
     return notes
 
 
