@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -157,6 +159,21 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter() -> None:
     expected = 8 * 16 * 4 * 2  # x and y
     assert saved_bytes(forward, [weight]) == expected
     assert saved_bytes(forward) == expected + weight.nbytes
+
+
+def test_saved_bytes_frees_the_graph() -> None:
+    """A node that saves its own output (exp) once kept itself alive, and the whole model with it."""
+    x = torch.randn(8, requires_grad=True)
+    graph: list[weakref.ref[torch.Tensor]] = []
+
+    def forward() -> torch.Tensor:
+        y = x.exp()
+        graph.append(weakref.ref(y))
+        return y.sum()
+
+    assert saved_bytes(forward) == x.nbytes
+    gc.collect()
+    assert graph[0]() is None
 
 
 @pytest.mark.parametrize(
