@@ -1,0 +1,56 @@
+"""Case selection from the command line, and the one model that is alive at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cases import Selection, add_options, selection
+from model_bench import ModelSlot
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Checked before anything is collected, so that a wrong value costs nothing.
+    config.stash[SELECTION] = selection(config)
+
+
+SELECTION = pytest.StashKey[Selection]()
+NOTHING = "nothing"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let each benchmark file's `sweep(selection)` give the values of its parameters, in order."""
+    sweep = getattr(metafunc.module, "SWEEPS", {}).get(metafunc.function.__name__)
+    if sweep is not None:
+        names, values = sweep(metafunc.config.stash[SELECTION])
+        width = names.count(",") + 1
+        metafunc.parametrize(names, values or [NOTHING if width == 1 else (NOTHING,) * width])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop the functions that this run sweeps nothing of; let a library's warning stay a warning."""
+    empty = [item for item in items if NOTHING in item.callspec.params.values()]  # type: ignore[attr-defined]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in empty]
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))
+        item.add_marker(pytest.mark.timeout(0))
+
+
+@pytest.fixture(scope="session")
+def chosen(request: pytest.FixtureRequest) -> Selection:
+    """Return what this run sweeps."""
+    return request.config.stash[SELECTION]
+
+
+@pytest.fixture(scope="session")
+def model_slot() -> Iterator[ModelSlot]:
+    """Return the place of the model that consecutive cases share."""
+    slot = ModelSlot()
+    yield slot
+    slot.clear()

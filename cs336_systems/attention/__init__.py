@@ -1,0 +1,113 @@
+"""Attention by many names: one table, one public function, one fp64 truth.
+
+Every row is a function `(q, k, v, *, is_causal, scale) -> o` on tensors (..., heads, seq, head_dim) or
+(..., seq, head_dim), differentiable in q, k and v. Causal means that query i sees keys j <= i, counted from
+the top left, also when there are more keys than queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cs336_systems.errors import bad
+from cs336_systems.table import Entry, Table
+
+_HERE = "cs336_systems.attention"
+_HALF = ("fp16", "bf16")
+
+ATTENTION = Table(
+    "attention",
+    {
+        "scaled_dot_prod_attention": Entry(
+            target=f"{_HERE}.plain:scaled_dot_prod_attention",
+            summary="the textbook formula, one operation at a time",
+        ),
+        "vectorized_torch": Entry(
+            target=f"{_HERE}.vectorized:vectorized_torch",
+            summary="the same formula in as few passes over the scores as eager torch allows",
+        ),
+        "scaled_dot_prod_attention_compiled": Entry(
+            target=f"{_HERE}.compiled:scaled_dot_prod_attention_compiled",
+            summary="the textbook formula under torch.compile",
+            needs=("compiler",),
+        ),
+        "vectorized_torch_compiled": Entry(
+            target=f"{_HERE}.compiled:vectorized_torch_compiled",
+            summary="the vectorised formula under torch.compile",
+            needs=("compiler",),
+        ),
+        "sdpa": Entry(
+            target=f"{_HERE}.peers:sdpa",
+            summary="torch's scaled_dot_product_attention, backend of torch's choice",
+            peer=True,
+        ),
+        "sdpa_cudnn": Entry(
+            target=f"{_HERE}.peers:sdpa_cudnn",
+            summary="torch's scaled_dot_product_attention held to cuDNN",
+            needs=("cuda", "sm_80"),
+            dtypes=_HALF,
+            peer=True,
+        ),
+        "flex": Entry(
+            target=f"{_HERE}.peers:flex",
+            summary="torch's FlexAttention, compiled, with a causal block mask",
+            needs=("cuda", "compiler"),
+            peer=True,
+        ),
+        "flash_attn_4": Entry(
+            target=f"{_HERE}.peers:flash_attn_4",
+            summary="Dao-AILab's FlashAttention-4 in CuTe DSL",
+            needs=("package:flash_attn.cute", "cuda", "sm_90"),
+            dtypes=_HALF,
+            peer=True,
+        ),
+    },
+)
+
+DEFAULT_ATTENTION = "scaled_dot_prod_attention"
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    kind: str = DEFAULT_ATTENTION,
+) -> Tensor:
+    """Return softmax(scale * q k^T + mask) v by the table's row `kind`.
+
+    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> q's shape. `scale` is
+    1 / sqrt(head_dim) when None.
+    Raises: UsageError for an unknown row or arguments that do not fit one another.
+    """
+    check_arguments(q, k, v)
+    return load_attention(kind)(q, k, v, is_causal=is_causal, scale=scale)
+
+
+def load_attention(kind: str) -> Callable[..., Any]:
+    """Return the function of row `kind`."""
+    return ATTENTION[kind].load()
+
+
+def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise the UsageError that names what does not fit between q, k and v."""
+    if q.dim() < 2:
+        raise bad("attention", "query", "have at least 2 dimensions (seq, head_dim)", tuple(q.shape))
+    for name, tensor in (("key", k), ("value", v)):
+        if tensor.dim() != q.dim() or tensor.shape[:-2] != q.shape[:-2]:
+            raise bad(
+                "attention", name, f"have leading dimensions {tuple(q.shape[:-2])}", tuple(tensor.shape)
+            )
+        if tensor.dtype != q.dtype:
+            raise bad("attention", name, f"have dtype {q.dtype}", tensor.dtype)
+        if tensor.device != q.device:
+            raise bad("attention", name, f"be on {q.device}", str(tensor.device))
+        if tensor.shape[-1] != q.shape[-1]:
+            raise bad("attention", name, f"have head dim {q.shape[-1]}", tensor.shape[-1])
+    if v.shape[-2] != k.shape[-2]:
+        raise bad("attention", "value", f"have {k.shape[-2]} keys", v.shape[-2])

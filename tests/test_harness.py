@@ -1,0 +1,171 @@
+"""The harness: what happens around the timed rounds, and how a case ends that has none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cs336_systems.measure.harness import Harness, Settings
+from cs336_systems.measure.memory import is_out_of_memory, requested_bytes, saved_bytes
+from cs336_systems.measure.record import SCHEMA, Case, Record
+from cs336_systems.measure.workload import NotMeasured, Workload
+
+CPU = torch.device("cpu")
+CASE = Case(study="study", params={"n": 1}, rounds=4, warmup_rounds=2)
+
+
+class Log(list[str]):
+    """What was called, in order."""
+
+    def call(self, name: str) -> Callable[[], None]:
+        return lambda: self.append(name)
+
+
+def timer(clock: Callable[[], float], step: Callable, setup: Callable | None, rounds: int) -> None:  # type: ignore[type-arg]
+    """Stand in for pytest-benchmark's pedantic mode."""
+    for _ in range(rounds):
+        if setup is not None:
+            setup()
+        clock()
+        step()
+        clock()
+
+
+def run(case: Case, build: Callable[[], Workload], **settings: float) -> Record:
+    return Harness(Settings(device=CPU, **settings)).run(case, build, timer)  # type: ignore[arg-type]
+
+
+def test_order_of_a_case() -> None:
+    log = Log()
+    workload = Workload(
+        step=log.call("step"), setup=log.call("setup"), check=log.call("check"), count=lambda: {"k": 1}
+    )
+    record = run(CASE, lambda: workload)
+    warm_up = ["setup", "step"] * 2
+    memory_round = ["setup", "step"]
+    assert log == [*warm_up, "check", *memory_round, *["setup", "step"] * 4]
+    assert (record.status, record.counts, record.case.rounds) == ("ok", {"k": 1}, 4)
+
+
+def test_command_line_rounds_hold_where_the_case_has_none() -> None:
+    record = run(Case(study="s", params={}), lambda: Workload(step=lambda: None), rounds=7, warmup_rounds=0)
+    assert (record.case.rounds, record.case.warmup_rounds) == (7, 0)
+
+
+def test_slow_case_runs_three_rounds() -> None:
+    record = run(CASE, lambda: Workload(step=lambda: time.sleep(0.02)), max_seconds=0.001)
+    assert record.case.rounds == 3
+
+
+def test_wrong_result_is_not_timed() -> None:
+    log = Log()
+
+    def check() -> None:
+        raise AssertionError("wrong by 2")
+
+    with pytest.raises(AssertionError, match="wrong by 2"):
+        Harness(Settings(device=CPU)).run(
+            CASE, lambda: Workload(step=lambda: None, check=check), lambda *_: log.append("timed")
+        )
+    assert log == []
+
+
+def test_running_out_of_memory_is_a_row() -> None:
+    def build() -> Workload:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+
+    record = run(CASE, build)
+    assert record.status == "oom"
+    assert record.metrics == {"requested_bytes": 2.5 * 2**30}
+    assert "2.50 GiB" in str(record.reason)
+
+
+def test_a_real_failed_allocation_is_a_row() -> None:
+    record = run(CASE, lambda: Workload(step=lambda: torch.empty(2**60, dtype=torch.uint8)))
+    assert record.status == "oom"
+    assert record.metrics["requested_bytes"] == 2**60
+
+
+def test_another_error_is_an_error() -> None:
+    def build() -> Workload:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        run(CASE, build)
+
+
+def test_what_cannot_be_measured_is_a_row() -> None:
+    def build() -> Workload:
+        raise NotMeasured("not_installed", "package x is not installed")
+
+    record = run(CASE, build)
+    assert (record.status, record.reason) == ("not_installed", "package x is not installed")
+
+
+def test_replayed_times_run_nothing() -> None:
+    times: list[float] = []
+
+    def read(clock: Callable[[], float], step: Callable, setup: None, rounds: int) -> None:  # type: ignore[type-arg]
+        for _ in range(rounds):
+            start = clock()
+            step()
+            times.append(clock() - start)
+
+    def step() -> None:
+        raise AssertionError("a replayed step must not run")
+
+    workload = Workload(step=step, replay_seconds=[1.0, 2.0, 4.0])
+    record = Harness(Settings(device=CPU)).run(CASE, lambda: workload, read)
+    assert times == [1.0, 2.0, 4.0]
+    assert record.case.rounds == 3
+
+
+def test_gpu_clock_and_flushed_cache_are_the_hosts_on_a_cpu() -> None:
+    case = Case(study="s", params={}, clock="gpu_ms", cache="cold")
+    record = run(case, lambda: Workload(step=lambda: None))
+    assert (record.case.clock, record.case.cache) == ("wall_ms", "warm")
+
+
+def test_record_is_flat_json() -> None:
+    record = Record(case=CASE, device="cpu", metrics={"peak_bytes": None})
+    data = record.to_json()
+    assert data["schema"] == SCHEMA
+    assert data["case"] == {"n": 1}
+    assert data["study"] == "study"
+    assert data["metrics"] == {"peak_bytes": None}
+    assert "params" not in data
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter() -> None:
+    weight = torch.randn(16, 16, requires_grad=True)
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        y = x @ weight  # Saves x and weight.
+        return y * y  # Saves y twice.
+
+    expected = 8 * 16 * 4 * 2  # x and y
+    assert saved_bytes(forward, [weight]) == expected
+    assert saved_bytes(forward) == expected + weight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0", 20 * 2**20),
+        ("CUDA out of memory. Tried to allocate 512 bytes.", 512),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. Error", 123),
+        ("out of memory", None),
+    ],
+)
+def test_requested_bytes(message: str, expected: int | None) -> None:
+    assert requested_bytes(RuntimeError(message)) == expected
+
+
+def test_only_memory_errors_are_memory_errors() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert not is_out_of_memory(RuntimeError("x"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
