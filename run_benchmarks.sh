@@ -47,8 +47,9 @@ mention_journals() {
     local journal
     for journal in "$json.journal.jsonl" out/*.journal.jsonl; do
         if [ -s "$journal" ]; then
-            echo "interrupted:   $journal holds the rows of a run that was cut short; to report them:"
-            echo "               $PY -m cs336_systems.report $journal --out out/report-interrupted"
+            echo "interrupted:   $journal holds the rows of a run that was cut short"
+            echo "  report them: $PY -m cs336_systems.report $journal --out out/report-interrupted"
+            echo "  go on there: ./run_benchmarks.sh --skip-done=$journal"
         fi
     done | awk '!seen[$0]++'
 }

@@ -113,6 +113,7 @@ def test_journal_of_an_interrupted_run_is_mentioned(sandbox: Sandbox, left_by: s
     done, _ = run_script(sandbox, "run_benchmarks.sh", "--benchmark-json=elsewhere/a.json")
     assert done.stdout.count("interrupted:") == 1
     assert f"cs336_systems.report {path}.journal.jsonl --out" in done.stdout
+    assert f"--skip-done={path}.journal.jsonl" in done.stdout
 
 
 def test_tests_then_packing(sandbox: Sandbox) -> None:

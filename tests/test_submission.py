@@ -9,12 +9,11 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import make_submission
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-from scripts import make_submission
-from scripts.make_submission import REQUIRED_FILES, SubmissionError, check_zip, make
+from make_submission import REQUIRED_FILES, SubmissionError, check_zip, make
 
 WANTED = (
     *REQUIRED_FILES,
