@@ -39,7 +39,7 @@ make_report() {
     "$PY" -m cs336_systems.report "$json" --out out/report || return
     echo
     echo "measurements:  $json"
-    echo "report:        out/report (tables, plots, HTML)"
+    echo "report:        out/report/report.html; out/report/tables and out/report/plots beside it"
     echo "kept numbers:  reports/"
 }
 
