@@ -228,6 +228,9 @@ def make_project(repo: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def make(body: str) -> Repository:
         for name in ("gate.py", "gate_base.py"):
             repo.write(f"scripts/{name}", (ROOT / "scripts" / name).read_text())
+        # Without these an installed package of the same name would come first.
+        repo.write("cs336_systems/__init__.py", "")
+        repo.write("cs336_systems/report/__init__.py", "")
         repo.write("cs336_systems/report/__main__.py", REPORT)
         repo.write("pytest.ini", "[pytest]\npython_files = bench_*\npython_functions = bench_*\n")
         repo.write("benchmarks/conftest.py", CONFTEST)
