@@ -14,7 +14,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_benchmarks.sh", "test_and_make_submission.sh", ".ci/run")
 SOURCED = ("scripts/setup_env.sh", "scripts/pytest_args.sh")
-TOOLS = ("awk", "bash", "cat", "date", "dirname", "grep", "mkdir", "mv", "rm", "sed", "tail", "tee")
+TOOLS = (
+    "awk",
+    "bash",
+    "cat",
+    "date",
+    "dirname",
+    "grep",
+    "mkdir",
+    "mv",
+    "rm",
+    "sed",
+    "tail",
+    "tee",
+    "touch",
+)
 
 # Records each call, then does the little of a real interpreter that the scripts look at.
 FAKE_PYTHON = """\

@@ -102,6 +102,15 @@ def test_failed_benchmarks_are_reported_all_the_same(
     assert ("no measurements were written" in done.stderr) != reported
 
 
+def test_json_of_an_earlier_run_is_not_reported_as_new(sandbox: Sandbox) -> None:
+    (sandbox.root / "mine.json").write_text("{}")
+    option = "--benchmark-json=mine.json"
+    done, calls = run_script(sandbox, "run_benchmarks.sh", option, FAKE_STATUS_pytest="4")
+    assert (done.returncode, len(calls)) == (4, 1)
+    assert (sandbox.root / "mine.json").read_text() == "{}"
+    assert not list((sandbox.root / "out").iterdir())
+
+
 @pytest.mark.parametrize("left_by", ["this run", "an earlier run"])
 def test_journal_of_an_interrupted_run_is_mentioned(sandbox: Sandbox, left_by: str) -> None:
     path = "elsewhere/a.json" if left_by == "this run" else "out/earlier.json"
