@@ -54,7 +54,13 @@ def bench_warmup(
 
 
 def _fresh_process(case: ModelCase, warmup: int) -> list[float]:
-    command = [sys.executable, str(STEPS_SCRIPT), case.size, str(case.context), str(case.batch_size)]
+    command = [
+        sys.executable,
+        str(STEPS_SCRIPT),
+        case.size,
+        str(case.context),
+        str(case.batch_size),
+    ]
     command += [str(case.device), case.attention, str(warmup), str(ROUNDS)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

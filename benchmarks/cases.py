@@ -49,15 +49,21 @@ class Selection:
 
 def add_options(parser: pytest.Parser) -> None:
     """Register the options that choose cases."""
-    group = parser.getgroup("cs336-cases", "choosing cases (cs336-systems); lists are comma-separated")
+    group = parser.getgroup(
+        "cs336-cases", "choosing cases (cs336-systems); lists are comma-separated"
+    )
     group.addoption("--sizes", help=f"model presets: {', '.join(PRESETS)}")
     group.addoption("--contexts", help="context lengths in tokens, e.g. 128,256,512,1024")
     group.addoption("--passes", help=f"model passes: {', '.join(PASSES)}")
     group.addoption("--precisions", help=f"{', '.join(PRECISIONS)} (bf16: autocast)")
     group.addoption("--compile-modes", help=f"{', '.join(COMPILE_MODES)}")
-    group.addoption("--batch-size", type=int, default=4, help="sequences in a model batch (default: 4)")
     group.addoption(
-        "--attention", default=DEFAULT_ATTENTION, help=f"the models' attention: {', '.join(ATTENTION)}"
+        "--batch-size", type=int, default=4, help="sequences in a model batch (default: 4)"
+    )
+    group.addoption(
+        "--attention",
+        default=DEFAULT_ATTENTION,
+        help=f"the models' attention: {', '.join(ATTENTION)}",
     )
     group.addoption("--warmups", help="warm-up study: numbers of warm-up steps, e.g. 0,1,2,5")
     group.addoption("--warmup-sizes", help="warm-up study: model presets")
@@ -67,7 +73,9 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--dtypes", help=f"attention grid: {', '.join(DTYPES)}")
     group.addoption("--smoke", action="store_true", help="a few cases of every file, in seconds")
     group.addoption(
-        "--gate", action="store_true", help="the regression gate's cases: CPU, 1 ms or more, counted"
+        "--gate",
+        action="store_true",
+        help="the regression gate's cases: CPU, 1 ms or more, counted",
     )
 
 

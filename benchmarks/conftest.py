@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]
     for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore:`torch.jit.script_method`"))
         item.add_marker(pytest.mark.filterwarnings("default"))
         item.add_marker(pytest.mark.timeout(0))
 

@@ -26,6 +26,10 @@ LEARNING_RATE = 1e-6
 """Small enough that the loss of a random model is the same before and after the timed steps."""
 
 
+KEEPS_SCORES = ("scaled_dot_prod_attention", "vectorized_torch")
+"""Attention rows that are sure to hold whole matrices of scores for the backward pass."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelCase:
     """Which model is run, and how."""
@@ -63,7 +67,12 @@ class ModelCase:
         """Raise NotMeasured when the least that pass `which` needs is more than the device has."""
         config = preset(self.size, context_length=self.context)
         need = least_bytes(
-            config, self.batch_size, self.context, which, half=self.precision == "bf16"
+            config,
+            self.batch_size,
+            self.context,
+            which,
+            half=self.precision == "bf16",
+            scores_kept=1 if self.attention in KEEPS_SCORES else 0,
         )
         have = available_bytes(self.device)
         if have is not None and need > have:
@@ -91,7 +100,9 @@ class ModelBench:
         self.model = build_model(self._config, attention=case.attention, device=case.device)
         if nvtx and case.attention == DEFAULT_ATTENTION:
             for layer in self.model.layers:
-                layer.attn.attention_fn = None  # The model's own, which NVTX ranges can be put into.
+                layer.attn.attention_fn = (
+                    None  # The model's own, which NVTX ranges can be put into.
+                )
         compile_model(self.model, case.compile_mode)
         shape = (case.batch_size, case.context)
         self._tokens = torch.randint(self._config.vocab_size, shape, device=case.device)
@@ -107,7 +118,8 @@ class ModelBench:
         step, setup = self._passes()[which]
         step = self._annotated(step)
         if which == "optimizer":
-            self._forward_backward()
+            for parameter in self.model.parameters():
+                parameter.grad = torch.randn_like(parameter)
         return Workload(
             step=step,
             setup=setup,

@@ -66,20 +66,30 @@ def pass_flops(config: ModelConfig, batch_size: int, context: int, which: str) -
 
 
 def least_bytes(
-    config: ModelConfig, batch_size: int, context: int, which: str, *, half: bool
+    config: ModelConfig,
+    batch_size: int,
+    context: int,
+    which: str,
+    *,
+    half: bool,
+    scores_kept: int,
 ) -> int:
     """Return memory that a pass cannot do without: a lower bound, so that nothing that fits is refused.
 
-    fp32 weights; with gradients, as many bytes again; with AdamW, twice as many; for backward, what every
-    block of plain attention keeps: its input and the softmax weights. Autocast keeps half of that.
+    fp32 weights; with gradients, as many bytes again; with AdamW, twice as many; for backward, each block's
+    input and `scores_kept` matrices of attention scores (0 for fused attention). Autocast halves these.
     """
     weights = FP32_BYTES * parameters(config).total
-    states = {"forward": 1, "forward_backward": 2, "backward": 2, "full_step": 4, "optimizer": 4}[which]
-    if which in ("forward", "optimizer"):
+    states = {"forward": 1, "forward_backward": 2, "backward": 2, "full_step": 4, "optimizer": 4}[
+        which
+    ]
+    if which == "optimizer":
         return states * weights
     element = 2 if half else FP32_BYTES
+    scores = scores_kept * batch_size * config.num_heads * context**2 * element
+    if which == "forward":
+        return states * weights + scores
     residual = batch_size * context * config.d_model * element
-    scores = batch_size * config.num_heads * context**2 * element
     return states * weights + config.num_layers * (residual + scores)
 
 

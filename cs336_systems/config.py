@@ -26,12 +26,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "rope_theta" and (not isinstance(value, int) or isinstance(value, bool)):
+            if field.name != "rope_theta" and (
+                not isinstance(value, int) or isinstance(value, bool)
+            ):
                 raise bad("model config", field.name, "be an integer", value)
             if value <= 0:
                 raise bad("model config", field.name, "be positive", value)
         if self.d_model % self.num_heads:
-            raise bad("model config", "num_heads", f"divide d_model ({self.d_model})", self.num_heads)
+            raise bad(
+                "model config", "num_heads", f"divide d_model ({self.d_model})", self.num_heads
+            )
         if self.d_head % 2:
             raise bad("model config", "d_model / num_heads", "be even (rotary pairs)", self.d_head)
 

@@ -92,7 +92,9 @@ def _unmet(need: str, device: str) -> Unmet | None:
             return None
         return Unmet("not_installed", f"package {name} is not installed")
     if need == "compiler":
-        return None if has_compiler() else Unmet("skipped", "needs a C++ compiler, found none on PATH")
+        return (
+            None if has_compiler() else Unmet("skipped", "needs a C++ compiler, found none on PATH")
+        )
     if device != "cuda":
         return Unmet("skipped", f"needs a CUDA device, runs on {device} here")
     if need.startswith("sm_"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -41,7 +43,10 @@ def run(case: Case, build: Callable[[], Workload], **settings: float) -> Record:
 def test_order_of_a_case() -> None:
     log = Log()
     workload = Workload(
-        step=log.call("step"), setup=log.call("setup"), check=log.call("check"), count=lambda: {"k": 1}
+        step=log.call("step"),
+        setup=log.call("setup"),
+        check=log.call("check"),
+        count=lambda: {"k": 1},
     )
     record = run(CASE, lambda: workload)
     warm_up = ["setup", "step"] * 2
@@ -51,7 +56,9 @@ def test_order_of_a_case() -> None:
 
 
 def test_command_line_rounds_hold_where_the_case_has_none() -> None:
-    record = run(Case(study="s", params={}), lambda: Workload(step=lambda: None), rounds=7, warmup_rounds=0)
+    record = run(
+        Case(study="s", params={}), lambda: Workload(step=lambda: None), rounds=7, warmup_rounds=0
+    )
     assert (record.case.rounds, record.case.warmup_rounds) == (7, 0)
 
 
@@ -75,7 +82,9 @@ def test_wrong_result_is_not_timed() -> None:
 
 def test_running_out_of_memory_is_a_row() -> None:
     def build() -> Workload:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."
+        )
 
     record = run(CASE, build)
     assert record.status == "oom"
@@ -150,6 +159,21 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter() -> None:
     expected = 8 * 16 * 4 * 2  # x and y
     assert saved_bytes(forward, [weight]) == expected
     assert saved_bytes(forward) == expected + weight.nbytes
+
+
+def test_saved_bytes_frees_the_graph() -> None:
+    """A node that saves its own output (exp) once kept itself alive, and the whole model with it."""
+    x = torch.randn(8, requires_grad=True)
+    graph: list[weakref.ref[torch.Tensor]] = []
+
+    def forward() -> torch.Tensor:
+        y = x.exp()
+        graph.append(weakref.ref(y))
+        return y.sum()
+
+    assert saved_bytes(forward) == x.nbytes
+    gc.collect()
+    assert graph[0]() is None
 
 
 @pytest.mark.parametrize(

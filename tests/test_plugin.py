@@ -75,7 +75,9 @@ def test_rows_and_json(suite: pytest.Pytester) -> None:
     assert rows["oom"]["metrics"]["requested_bytes"] == 2**60
     assert data["machine_info"]["device"]["kind"] == "cpu"
     assert "node" not in data["machine_info"]
-    assert not list(suite.path.glob("*.journal.jsonl")), "a run that ended normally leaves no journal"
+    assert not list(suite.path.glob("*.journal.jsonl")), (
+        "a run that ended normally leaves no journal"
+    )
 
 
 def test_interrupted_run_leaves_a_journal_that_can_be_continued(suite: pytest.Pytester) -> None:
@@ -156,7 +158,9 @@ class TestCompare:
         saved.write_text(json.dumps(data))
         outcome = run(suite, "-k", "fine", "--benchmark-compare")
         assert outcome.ret == pytest.ExitCode.USAGE_ERROR
-        outcome.stderr.fnmatch_lines([f"*both runs must be on one kind of machine, got {key}: base*"])
+        outcome.stderr.fnmatch_lines(
+            [f"*both runs must be on one kind of machine, got {key}: base*"]
+        )
 
     def test_foreign_json_is_refused(self, suite: pytest.Pytester) -> None:
         saved = self.save(suite)
@@ -178,9 +182,7 @@ class TestCompare:
         (["--device=tpu"], "benchmarks: --device must be cpu or cuda, got 'tpu'"),
     ],
 )
-def test_bad_options_are_one_line(
-    suite: pytest.Pytester, options: list[str], message: str
-) -> None:
+def test_bad_options_are_one_line(suite: pytest.Pytester, options: list[str], message: str) -> None:
     outcome = suite.runpytest_inprocess(*PLUGIN, *options)
     assert outcome.ret == pytest.ExitCode.USAGE_ERROR
     outcome.stderr.fnmatch_lines([f"*{message}*"])
@@ -193,7 +195,9 @@ def test_asking_for_a_gpu_where_there_is_none(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     outcome = suite.runpytest_inprocess(*PLUGIN, "--device=cuda")
     assert outcome.ret == pytest.ExitCode.USAGE_ERROR
-    outcome.stderr.fnmatch_lines(["*--device must be a device that torch finds (0 CUDA devices here)*"])
+    outcome.stderr.fnmatch_lines(
+        ["*--device must be a device that torch finds (0 CUDA devices here)*"]
+    )
 
 
 def test_commit_may_come_from_the_environment(

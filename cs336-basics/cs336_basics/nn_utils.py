@@ -13,13 +13,13 @@ from torch import Tensor
 
 def softmax(x: Tensor, dim: int) -> Tensor:
     """Exponentials along `dim` divided by their sum; a slice of -inf alone gives zeros, not NaN."""
-    exponentials = _shift_below_zero(_at_least_fp32(x), dim).exp()
+    exponentials = _shift_below_zero(x, dim).exp_()
     return (exponentials / _total(exponentials, dim)).to(x.dtype)
 
 
 def log_softmax(x: Tensor, dim: int = -1) -> Tensor:
     """Logarithm of `softmax`, taken without ever forming a probability that could underflow."""
-    shifted = _shift_below_zero(_at_least_fp32(x), dim)
+    shifted = _shift_below_zero(x, dim)
     return (shifted - _total(shifted.exp(), dim).log()).to(x.dtype)
 
 
@@ -35,12 +35,14 @@ def cross_entropy(inputs: Tensor, targets: Tensor) -> Tensor:
             "cross_entropy: targets must have the shape of inputs without its last dim, "
             f"got inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}"
         )
-    targets = checked_ids("cross_entropy", "targets", targets, inputs.shape[-1]).long()
-    # The one wide copy serves both terms. Their gradients meet in it, in fp32, where p - 1 for a
-    # confident prediction has not yet been rounded to zero.
-    logits = _at_least_fp32(inputs)
-    target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return (torch.logsumexp(logits, dim=-1) - target_logits).mean()
+    vocab_size = inputs.shape[-1]
+    column = checked_ids("cross_entropy", "targets", targets, vocab_size).reshape(-1)
+    row = torch.arange(len(column), device=column.device)
+    # The one wide copy serves both terms: first its entries, then in place its exponentials. Their
+    # gradients meet in fp32, where p - 1 of a sure prediction has not yet been rounded to zero.
+    shifted = _shift_below_zero(inputs.reshape(len(column), vocab_size), dim=-1)
+    target_logits = shifted[row, column]  # unlike gather, this keeps nothing wide for backward
+    return (_total(shifted.exp_(), dim=-1).log().squeeze(-1) - target_logits).mean()
 
 
 @torch.no_grad()
@@ -91,18 +93,15 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(_wide_dtype(x))
-
-
 def _same_dtype(tensors: list[Tensor]) -> list[Tensor]:
     widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return [t.to(widest) for t in tensors]
 
 
 def _shift_below_zero(x: Tensor, dim: int) -> Tensor:
-    """Subtract the largest entry along `dim`; it is a constant to autograd, since it cancels."""
-    largest = x.detach().amax(dim, keepdim=True)
+    """Subtract the largest entry along `dim`, into a new tensor of at least fp32."""
+    # A constant to autograd, since it cancels. Its dtype widens the difference without a copy.
+    largest = x.detach().amax(dim, keepdim=True).to(_wide_dtype(x))
     # -inf - (-inf) is NaN: a slice of -inf alone is left as it is.
     return x - largest.masked_fill(largest == float("-inf"), 0.0)
 

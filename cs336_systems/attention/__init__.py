@@ -97,11 +97,16 @@ def load_attention(kind: str) -> Callable[..., Any]:
 def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise the UsageError that names what does not fit between q, k and v."""
     if q.dim() < 2:
-        raise bad("attention", "query", "have at least 2 dimensions (seq, head_dim)", tuple(q.shape))
+        raise bad(
+            "attention", "query", "have at least 2 dimensions (seq, head_dim)", tuple(q.shape)
+        )
     for name, tensor in (("key", k), ("value", v)):
         if tensor.dim() != q.dim() or tensor.shape[:-2] != q.shape[:-2]:
             raise bad(
-                "attention", name, f"have leading dimensions {tuple(q.shape[:-2])}", tuple(tensor.shape)
+                "attention",
+                name,
+                f"have leading dimensions {tuple(q.shape[:-2])}",
+                tuple(tensor.shape),
             )
         if tensor.dtype != q.dtype:
             raise bad("attention", name, f"have dtype {q.dtype}", tensor.dtype)

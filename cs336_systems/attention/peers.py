@@ -15,7 +15,7 @@ def sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """Run torch's fused attention; torch picks the backend (FlashAttention-2 for half types on a GPU)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+    return _as_heads(F.scaled_dot_product_attention, q, k, v, is_causal=is_causal, scale=scale)
 
 
 def sdpa_cudnn(
@@ -53,7 +53,7 @@ def flash_attn_4(
 
 
 def _as_heads(function: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-    """Call `function` on (batch, heads, seq, head_dim), which is all that some peers take."""
+    """Call `function` on (batch, heads, seq, head_dim): some peers take nothing else, sdpa is slow on less."""
     shape = q.shape
     q, k, v = (
         tensor.reshape(-1, tensor.shape[-3] if tensor.dim() > 3 else 1, *tensor.shape[-2:])

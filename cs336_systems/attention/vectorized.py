@@ -20,9 +20,7 @@ def vectorized_torch(
     """Return softmax(scale * q k^T + mask) v with one batched product, one softmax and one product."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     num_queries, num_keys = q.shape[-2], k.shape[-2]
-    q3, k3, v3 = (tensor.flatten(0, -3) if tensor.dim() != 3 else tensor for tensor in (q, k, v))
-    if q.dim() == 2:
-        q3, k3, v3 = q[None], k[None], v[None]
+    q3, k3, v3 = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v))
     if is_causal:
         bias = q.new_zeros(num_queries, num_keys)
         bias.masked_fill_(~causal_mask(num_queries, num_keys, q.device), float("-inf"))

@@ -38,7 +38,9 @@ def pick_device(name: str | None) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise bad("benchmarks", "--device", "be cpu or cuda", name)
     if name == "cuda" and not torch.cuda.is_available():
-        raise bad("benchmarks", "--device", "be a device that torch finds (0 CUDA devices here)", name)
+        raise bad(
+            "benchmarks", "--device", "be a device that torch finds (0 CUDA devices here)", name
+        )
     return torch.device(name)
 
 
@@ -94,7 +96,9 @@ def _cpu_facts() -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         name = models[0].split(":", 1)[1].strip() if models else name
     return {
         "kind": "cpu",

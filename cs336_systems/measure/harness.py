@@ -7,6 +7,7 @@ none. What a case may end as without being timed (out of memory, skipped, not in
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -55,7 +56,9 @@ class Harness:
             record = self._measure(case, build(), timer)
         except NotMeasured as end:
             record = self._ended(case, end.status, end.reason, end.metrics)
-        except RuntimeError as error:
+        except Exception as error:
+            # A kept traceback would keep the case's tensors alive through its frames' variables.
+            traceback.clear_frames(error.__traceback__)
             if not is_out_of_memory(error):
                 raise
             record = self._out_of_memory(case, error)
@@ -153,7 +156,7 @@ class Harness:
             self._flush = torch.empty(size, dtype=torch.uint8, device=self.settings.device)
         self._flush.zero_()
 
-    def _out_of_memory(self, case: Case, error: RuntimeError) -> Record:
+    def _out_of_memory(self, case: Case, error: Exception) -> Record:
         wanted = requested_bytes(error)
         reason = f"ran out of memory allocating {gib(wanted)}"
         metrics = {} if wanted is None else {"requested_bytes": float(wanted)}

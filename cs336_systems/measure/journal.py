@@ -58,4 +58,6 @@ def _fullnames(path: Path, text: str) -> Iterable[str]:
         data = json.loads(text)
         return [entry["fullname"] for entry in data["benchmarks"] + data["cs336_systems"]["rows"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"benchmarks: --skip-done: {path} is not a result of this suite") from error
+        raise UsageError(
+            f"benchmarks: --skip-done: {path} is not a result of this suite"
+        ) from error

@@ -49,7 +49,8 @@ def saved_bytes(closure: Callable[[], object], exclude: Iterable[torch.Tensor] =
         if storage.data_ptr() not in known:
             # Holding the storage keeps its address from being handed out again.
             kept[storage.data_ptr()] = storage
-        return tensor
+        # Packed as it is, a node's own output would lead back to the node: a cycle that is never freed.
+        return tensor.detach()
 
     def unpack(tensor: torch.Tensor) -> torch.Tensor:
         return tensor

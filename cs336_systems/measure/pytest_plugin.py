@@ -32,8 +32,12 @@ _DEFAULTS = {"cuda": {"rounds": 10, "max_seconds": 30.0}, "cpu": {"rounds": 5, "
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cs336-systems", "measuring (cs336-systems)")
     group.addoption("--device", help="cpu or cuda; default: the GPU when there is one")
-    group.addoption("--rounds", type=int, help="timed rounds a case; default: 10 on a GPU, 5 on a CPU")
-    group.addoption("--warmup-rounds", type=int, help="untimed rounds before them; default: 5, or 2")
+    group.addoption(
+        "--rounds", type=int, help="timed rounds a case; default: 10 on a GPU, 5 on a CPU"
+    )
+    group.addoption(
+        "--warmup-rounds", type=int, help="untimed rounds before them; default: 5, or 2"
+    )
     group.addoption(
         "--max-seconds",
         type=float,
@@ -72,7 +76,9 @@ def gpu_benchmark(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Gp
     marker = request.node.get_closest_marker("benchmark")
     yield GpuBenchmark(session, benchmark, marker.kwargs["timer"], request.node.nodeid)
     if benchmark.stats is None:
-        benchmark.skipped = True  # Keeps pytest-benchmark from warning that the fixture went unused.
+        benchmark.skipped = (
+            True  # Keeps pytest-benchmark from warning that the fixture went unused.
+        )
 
 
 def session_of(config: pytest.Config) -> Session:
@@ -125,7 +131,9 @@ class GpuBenchmark:
         Raises: pytest's skip when the case ended without a time, with the row's reason.
         """
         if (closure is None) == (build is None):
-            raise bad("gpu_benchmark", "closure or build", "be given, one of the two", (closure, build))
+            raise bad(
+                "gpu_benchmark", "closure or build", "be given, one of the two", (closure, build)
+            )
         if self._fullname in self._session.done:
             pytest.skip("already measured (--skip-done)")
         if build is None:
@@ -199,7 +207,11 @@ class Session:
             self.pytest_benchmark_update_machine_info(machine)
             commit = hook.pytest_benchmark_generate_commit_info(config=self._config)
             self.pytest_benchmark_update_commit_info(commit)
-            header = {"machine_info": machine, "commit_info": commit, "cs336_systems": self._section()}
+            header = {
+                "machine_info": machine,
+                "commit_info": commit,
+                "cs336_systems": self._section(),
+            }
             self._journal = Journal(Path(output.name), header)
         self._journal.append(kind, entry)
 
@@ -207,9 +219,7 @@ class Session:
         self._position += 1
         values = " ".join(str(value) for value in record.case.params.values())
         elapsed = time.strftime("%H:%M:%S", time.gmtime(time.time() - self._started))
-        self._line = (
-            f"[{self._position:>4}/{self._total} {elapsed}] {record.case.study:<15} {values:<42} {line}"
-        )
+        self._line = f"[{self._position:>4}/{self._total} {elapsed}] {record.case.study:<15} {values:<42} {line}"
 
     def _section(self) -> dict[str, Any]:
         return {
@@ -268,6 +278,7 @@ class Session:
         facts = commit_facts(self._config.rootpath)
         if facts is None and (commit := os.environ.get("CS336_COMMIT")):
             facts = {"id": commit.removesuffix("+dirty"), "dirty": commit.endswith("+dirty")}
+        commit_info.pop("error", None)
         commit_info.update(facts or {})
 
     @pytest.hookimpl(optionalhook=True)
@@ -336,11 +347,15 @@ def _settings(config: pytest.Config) -> Settings:
     return Settings(
         device=device,
         rounds=int(rounds or defaults["rounds"]),
-        warmup_rounds=(5 if device.type == "cuda" else 2) if warmup_rounds is None else warmup_rounds,
+        warmup_rounds=(5 if device.type == "cuda" else 2)
+        if warmup_rounds is None
+        else warmup_rounds,
         max_seconds=max_seconds or defaults["max_seconds"],
     )
 
 
 def _command() -> str:
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--benchmark-json")]
+    arguments = [
+        argument for argument in sys.argv[1:] if not argument.startswith("--benchmark-json")
+    ]
     return shlex.join(["pytest", *arguments])

@@ -1,0 +1,128 @@
+"""Where a file's numbers come from: the hardware, the versions, the commit and the command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cs336_systems.report.value import Value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The device that ran a case; cases on different hardware never share a table."""
+
+    kind: str
+    name: str
+    count: int = 1
+    cpu: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The device as titles name it."""
+        name = self.name
+        if self.kind == "cpu" and self.cpu and self.cpu != name:
+            name = self.cpu if name.lower() == "cpu" else f"{name} ({self.cpu})"
+        return f"{self.count} x {name}" if self.count > 1 else name
+
+    @property
+    def slug(self) -> str:
+        """The label as a part of a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+
+    def identity(self) -> tuple[str, ...]:
+        """Return what two files must share for their cases to be the same hardware's."""
+        return (self.kind, self.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One input file's provenance."""
+
+    path: Path
+    hardware: Hardware
+    versions: tuple[tuple[str, str], ...]
+    """Name and version of what the numbers depend on, in the order that stamps list them."""
+    power_limit_watts: float | None
+    peak_flops: tuple[tuple[str, float], ...]
+    commit: str
+    command: str | None
+
+    def version(self, name: str) -> str | None:
+        """Return the version of one dependency, None where the file does not say."""
+        return dict(self.versions).get(name)
+
+    def hardware_of(self, kind: str) -> Hardware:
+        """Return the hardware of a record made on `kind`: a GPU machine has host cases too."""
+        if kind == self.hardware.kind:
+            return self.hardware
+        return Hardware(kind=kind, name=self.hardware.cpu or kind, cpu=self.hardware.cpu)
+
+    def peak(self, kind: str, dtype: str | None) -> float | None:
+        """Return the device's peak rate in FLOP/s for a dtype, None where it is unknown."""
+        known = dict(self.peak_flops) if kind == self.hardware.kind else {}
+        return known.get(dtype or "")
+
+
+def read_source(path: Path, head: Value) -> Source:
+    """Return the provenance that a file's head gives."""
+    machine = head["machine_info"]
+    device, cpu = machine["device"], machine["cpu"]
+    brand = None if cpu.absent else cpu["brand_raw"].text_or_none()
+    hardware = Hardware(
+        kind=device["kind"].text(),
+        name=device["name"].text(),
+        count=1 if device["count"].absent else device["count"].integer(),
+        cpu=brand,
+    )
+    peaks = [(dtype, rate.number_or_none()) for dtype, rate in device["peak_flops"].fields()]
+    run = head["cs336_systems"]["run"]
+    return Source(
+        path=path,
+        hardware=hardware,
+        versions=_versions(machine),
+        power_limit_watts=device["power_limit_w"].number_or_none(),
+        peak_flops=tuple((dtype, rate) for dtype, rate in peaks if rate is not None),
+        commit=_commit(head["commit_info"]),
+        command=None if run.absent else run["command"].text_or_none(),
+    )
+
+
+def _versions(machine: Value) -> tuple[tuple[str, str], ...]:
+    device = machine["device"]
+    found = [(name, device[name]) for name in ("driver", "cuda", "torch", "triton")]
+    python = device["python"] if not device["python"].absent else machine["python_version"]
+    return tuple(
+        (name, value.text()) for name, value in [*found, ("python", python)] if not value.absent
+    )
+
+
+def _commit(commit: Value) -> str:
+    if commit.absent or commit["id"].absent:
+        return "unknown"
+    name = commit["id"].text()
+    short = name[:8] if re.fullmatch(r"[0-9a-f]{9,}", name) else name
+    return f"{short}+dirty" if commit["dirty"].raw is True else short
+
+
+def stamp(sources: Iterable[Source], hardware: Hardware) -> list[str]:
+    """Return the lines every table and plot carries: hardware, versions, commit, command."""
+    return list(dict.fromkeys(_stamp_line(source, hardware) for source in sources))
+
+
+def _stamp_line(source: Source, hardware: Hardware) -> str:
+    names = {"cuda": "CUDA"}
+    parts = [hardware.label]
+    if source.power_limit_watts is not None and hardware == source.hardware:
+        parts.append(f"power limit {source.power_limit_watts:g} W")
+    # A driver and a CUDA version say nothing about a case that ran on the host.
+    hidden = ("driver", "cuda") if hardware.kind == "cpu" else ()
+    parts += [
+        f"{names.get(name, name)} {text}" for name, text in source.versions if name not in hidden
+    ]
+    parts.append(f"commit {source.commit}")
+    if source.command:
+        parts.append(f"made by `{source.command}`")
+    return "; ".join(parts)

@@ -1,0 +1,285 @@
+"""The tables of one study on one hardware: pivots, all cases, and why some have no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from cs336_systems.report import text
+from cs336_systems.report.frame import TIME_COLUMNS, Frame, Row
+from cs336_systems.report.source import Hardware, stamp
+from cs336_systems.report.studies import (
+    Pivot,
+    Study,
+    combinations_of,
+    index_of,
+    sort_key,
+    study_names,
+    study_of,
+    values_of,
+    word,
+)
+
+_RATES = ("tokens_per_s", "tflops", "share_of_peak", "peak_gib", "speedup")
+# Past this many cases a reason names only the first ones.
+_NAMED_CASES = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows, and what a click on its heading sorts by."""
+
+    text: str
+    sort: float | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Headings and cells; `numeric` columns are right-aligned."""
+
+    title: str
+    headers: Sequence[str]
+    numeric: Sequence[bool]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One study on one hardware, ready to be written down."""
+
+    study: Study
+    hardware: Hardware
+    rows: Sequence[Row]
+    tables: Sequence[Table]
+    notes: Sequence[str]
+    stamp: Sequence[str]
+    name: str
+    """The stem of its files: the study, with the hardware's slug where there is more than one."""
+
+    @property
+    def heading(self) -> str:
+        """The section's title."""
+        return f"{self.study.title} on {self.hardware.label}"
+
+
+def sections(frame: Frame) -> list[Section]:
+    """Return one section for each study on each hardware."""
+    rows = frame.rows()
+    devices = {row["hardware"].identity(): row["hardware"] for row in rows}
+    made = []
+    for name in study_names(rows):
+        for identity, hardware in devices.items():
+            chosen = [
+                row
+                for row in rows
+                if row["study"] == name and row["hardware"].identity() == identity
+            ]
+            if chosen:
+                stem = f"{name}_{_slug(hardware, devices.values())}" if len(devices) > 1 else name
+                made.append(_section(study_of(name), hardware, chosen, stem))
+    return made
+
+
+def _slug(hardware: Hardware, devices: Iterable[Hardware]) -> str:
+    """Return the hardware's slug, numbered where another's is the same."""
+    same = [device for device in devices if device.slug == hardware.slug]
+    position = same.index(hardware)
+    return hardware.slug if position == 0 else f"{hardware.slug}-{position + 1}"
+
+
+def _section(study: Study, hardware: Hardware, rows: Sequence[Row], name: str) -> Section:
+    index = index_of(study, rows)
+    rows = sorted(rows, key=lambda row: sort_key(index, [row.get(param) for param in index]))
+    pivots = [table for pivot in study.pivots for table in _pivots(pivot, index, rows)]
+    return Section(
+        study=study,
+        hardware=hardware,
+        rows=rows,
+        tables=[*pivots, all_cases(index, rows)],
+        notes=[*_measured_notes(rows), *_outcome_notes(rows)],
+        stamp=stamp((row["source"] for row in rows), hardware),
+        name=name,
+    )
+
+
+def all_cases(index: Sequence[str], rows: Sequence[Row]) -> Table:
+    """Return the table with a line per case and every column that holds something."""
+    columns = _columns(index, rows)
+    renderers = {column: _renderer(column, rows) for column in columns}
+    return Table(
+        title="All cases",
+        headers=[renderers[column][0] for column in columns],
+        numeric=[_numeric(column, rows) for column in columns],
+        rows=[[renderers[column][1](row) for column in columns] for row in rows],
+    )
+
+
+def _columns(index: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    measures = [name for name in rows[0] if name.startswith(("metrics.", "counts.", "facts."))]
+    # Peak bytes are already there in GiB.
+    measures = [name for name in measures if name != "metrics.peak_bytes"]
+    mixed = [name for name in ("clock", "cache") if len({row[name] for row in rows}) > 1]
+    candidates = [*TIME_COLUMNS, "rounds", "warmup_rounds", *_RATES, *measures]
+    filled = [name for name in candidates if any(row[name] is not None for row in rows)]
+    if "rounds" not in filled and "warmup_rounds" in filled:
+        # Nothing was timed, so nothing was warmed up.
+        filled.remove("warmup_rounds")
+    stopped = any(row["status"] != "ok" for row in rows)
+    if stopped and not any(name in TIME_COLUMNS for name in filled):
+        # Without any time there is still an outcome to show.
+        filled.insert(0, "median_ms")
+    return [*index, *mixed, *filled]
+
+
+def _numeric(column: str, rows: Iterable[Row]) -> bool:
+    values = [row.get(column) for row in rows if row.get(column) is not None]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _renderer(column: str, rows: Sequence[Row]) -> tuple[str, Callable[[Row], Cell]]:
+    """Return a column's heading and the function that makes its cells."""
+    if column in TIME_COLUMNS:
+        return text.header(column), lambda row: time_cell(row, column)
+    if column.endswith("_bytes") and column.startswith(("metrics.", "counts.")):
+        unit, size = text.byte_unit(row[column] for row in rows if row[column] is not None)
+        return text.header(column, unit), lambda row: _scaled(row[column], size)
+    if column in rows[0]["case"] or column.startswith("case."):
+        ranks = _ranks(column, rows)
+        return text.header(column), lambda row: param_cell(row.get(column), ranks)
+    return text.header(column), lambda row: cell(row.get(column))
+
+
+def cell(value: Any) -> Cell:
+    """Return the cell of a number or a word."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Cell(text.any_text(value), float(value))
+    return Cell(text.any_text(value), "" if value is None else str(value))
+
+
+def time_cell(row: Row | None, column: str = "median_ms") -> Cell:
+    """Return a time, or the outcome that took its place."""
+    if row is None:
+        return Cell(text.NOTHING, "")
+    if row["status"] != "ok":
+        return Cell(text.STATUS[row["status"]], text.STATUS[row["status"]])
+    return cell(row[column])
+
+
+def _ranks(param: str, rows: Sequence[Row]) -> dict[Any, int]:
+    return {value: rank for rank, value in enumerate(values_of(param, rows))}
+
+
+def param_cell(value: Any, ranks: Mapping[Any, int]) -> Cell:
+    """Return a parameter's cell, which sorts in the parameter's own order."""
+    return Cell(word(value), "" if value is None else float(ranks[value]))
+
+
+def _scaled(num_bytes: float | None, size: float) -> Cell:
+    return cell(None) if num_bytes is None else cell(num_bytes / size)
+
+
+def _pivots(pivot: Pivot, index: Sequence[str], rows: Sequence[Row]) -> list[Table]:
+    if pivot.columns not in index:
+        return []
+    down = [param for param in pivot.rows if param in index]
+    per = [param for param in pivot.per if param in index]
+    # Parameters that the pivot does not name must not collapse into one cell.
+    down += [param for param in index if param not in (*down, *per, pivot.columns)]
+    tables = []
+    for values in combinations_of(per, rows):
+        chosen = [row for row in rows if tuple(row.get(param) for param in per) == values]
+        chosen_for = ", ".join(map(word, values))
+        title = f"{pivot.title}: {chosen_for}" if per else pivot.title
+        tables.append(_pivot(title, pivot, down, chosen))
+    return tables
+
+
+def _pivot(title: str, pivot: Pivot, down: Sequence[str], rows: Sequence[Row]) -> Table:
+    across = values_of(pivot.columns, rows)
+    found = {(*(row.get(param) for param in down), row.get(pivot.columns)): row for row in rows}
+    ranks = [_ranks(param, rows) for param in down]
+    lines = []
+    for values in combinations_of(down, rows):
+        heads = [param_cell(value, rank) for value, rank in zip(values, ranks, strict=True)]
+        times = [time_cell(found.get((*values, column)), pivot.value) for column in across]
+        lines.append([*heads, *times])
+    named = text.header(pivot.columns)
+    numbers = all(isinstance(value, int | float) for value in across)
+    return Table(
+        title=title,
+        headers=[
+            *(text.header(param) for param in down),
+            *(f"{named}={value}" if numbers else word(value) for value in across),
+        ],
+        numeric=[*(_numeric(param, rows) for param in down), *(True for _ in across)],
+        rows=lines,
+    )
+
+
+def _measured_notes(rows: Sequence[Row]) -> list[str]:
+    notes = []
+    for names, known in (("clock", text.CLOCKS), ("cache", text.CACHES)):
+        values = sorted({row[names] for row in rows if row["median_ms"] is not None})
+        if values:
+            notes.append(f"{names.capitalize()}: {'; '.join(known[value] for value in values)}.")
+    baselines = sorted({row["baseline"] for row in rows if row["baseline"]})
+    if baselines and any(row["speedup"] is not None for row in rows):
+        notes.append(f"Speed-up: median of the row with {'; or '.join(baselines)} over the median.")
+    if any(row["share_of_peak"] is not None for row in rows):
+        notes.append("Share of peak: model FLOP/s over the data sheet's dense rate for the dtype.")
+    throttled = [row["throttle"] for row in rows if row["throttle"]]
+    if throttled:
+        reasons = ", ".join(sorted(set(throttled)))
+        share = f"{len(throttled)} of {len(rows)} cases"
+        notes.append(f"The device held its clocks down in {share}: {reasons}.")
+    return notes
+
+
+def _outcome_notes(rows: Sequence[Row]) -> list[str]:
+    """Return one line per different reason for which cases have no time."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            key = (text.STATUS[row["status"]], row["reason"] or "no reason given")
+            groups.setdefault(key, []).append(row["id"].partition("[")[2][:-1])
+    notes = []
+    for (status, reason), cases in groups.items():
+        more = f" and {len(cases) - _NAMED_CASES} more" if len(cases) > _NAMED_CASES else ""
+        named = "; ".join(f"`{case}`" for case in cases[:_NAMED_CASES])
+        notes.append(f"{status}: {reason} ({named}{more}).")
+    return notes
+
+
+def markdown(section: Section) -> str:
+    """Return a section as a Markdown document."""
+    parts = [f"# {section.heading}", section.study.shows]
+    for table in section.tables:
+        parts += [f"## {table.title}", markdown_table(table)]
+    parts.append("\n".join(f"- {_escape(note)}" for note in section.notes))
+    parts.append("\n".join(f"Measured on: {_escape(line)}" for line in section.stamp))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """Return a table in Markdown, numbers to the right."""
+    return tabulate(
+        [[_escape_cell(cell.text) for cell in row] for row in table.rows],
+        headers=[_escape_cell(header) for header in table.headers],
+        tablefmt="pipe",
+        colalign=["right" if numeric else "left" for numeric in table.numeric],
+        disable_numparse=True,
+    )
+
+
+def _escape(line: str) -> str:
+    """Return one line in which nothing opens a tag or emphasis outside its code spans."""
+    spans = " ".join(line.split()).split("`")
+    spans[::2] = [span.replace("<", "&lt;").replace("*", r"\*") for span in spans[::2]]
+    return "`".join(spans)
+
+
+def _escape_cell(line: str) -> str:
+    return _escape(line).replace("|", r"\|")
