@@ -153,6 +153,7 @@ class ModelBench:
             return self._forward()
 
     def _prepare_backward(self) -> None:
+        self._loss = None  # Frees a graph that no backward pass has used up before the next is built.
         self.model.zero_grad(set_to_none=True)
         self._loss = self._forward()
 

@@ -44,6 +44,7 @@ CASES = """
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # Would turn measuring off.
     pytester.makepyfile(CASES)
     pytester.makeini("[pytest]\nfilterwarnings = default\n")
     return pytester
@@ -98,6 +99,14 @@ def test_interrupted_run_leaves_a_journal_that_can_be_continued(suite: pytest.Py
     again = run(suite, "--benchmark-json=more.json", f"--skip-done={journal.name}", "-rs")
     again.assert_outcomes(skipped=4, failed=1)
     again.stdout.fnmatch_lines(["*already measured (--skip-done)*"])
+
+
+def test_run_without_a_time_still_has_its_rows(suite: pytest.Pytester) -> None:
+    run(suite, "--benchmark-json=out.json", "-k", "oom").assert_outcomes(skipped=1)
+    data = result(suite)
+    assert data["benchmarks"] == []
+    assert [row["status"] for row in data["cs336_systems"]["rows"]] == ["oom"]
+    assert data["machine_info"]["device"]["kind"] == "cpu"
 
 
 def test_disabled_and_parallel_runs_measure_nothing(suite: pytest.Pytester) -> None:

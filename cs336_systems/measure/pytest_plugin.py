@@ -174,6 +174,7 @@ class Session:
         self._total = 0
         self._line: str | None = None
         self._journal: Journal | None = None
+        self._composed = False
         self.settings = _settings(config)
         skip_done = config.getoption("skip_done")
         self.done = finished_cases(map(Path, skip_done.split(","))) if skip_done else set()
@@ -198,8 +199,8 @@ class Session:
         self._announce(record, f"{record.status.replace('_', ' ').upper()}: {record.reason}")
 
     def _write(self, kind: str, entry: dict[str, Any]) -> None:
-        output = self._config.getoption("benchmark_json", None)
-        if output is None:
+        path = self._json_path()
+        if path is None:
             return
         if self._journal is None:
             hook = self._config.hook
@@ -212,7 +213,7 @@ class Session:
                 "commit_info": commit,
                 "cs336_systems": self._section(),
             }
-            self._journal = Journal(Path(output.name), header)
+            self._journal = Journal(path, header)
         self._journal.append(kind, entry)
 
     def _announce(self, record: Record, line: str) -> None:
@@ -287,6 +288,7 @@ class Session:
             entry for entry in output_json["benchmarks"] if entry["fullname"] not in self._failed
         ]
         output_json["cs336_systems"] = self._section()
+        self._composed = True
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_compare_machine_info(
@@ -307,17 +309,20 @@ class Session:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        output = self._config.getoption("benchmark_json", None)
-        if output is None:
+        path = self._json_path()
+        if self._journal is None or path is None:
             return
-        if not output.closed:  # pytest-benchmark had nothing timed to write.
-            with output:
-                if self._journal is not None:
-                    untimed = {**self._journal.header, "benchmarks": []}
-                    untimed["cs336_systems"] = self._section()
-                    output.write(json.dumps(untimed, default=str, indent=4).encode())
-        if self._journal is not None and Path(output.name).stat().st_size:
+        if not self._composed:  # Nothing was timed, so pytest-benchmark wrote nothing.
+            rows_only = {**self._journal.header, "benchmarks": []}
+            rows_only["cs336_systems"] = self._section()
+            path.write_text(json.dumps(rows_only, default=str, indent=4))
+        if path.stat().st_size:
             self._journal.remove()
+
+    def _json_path(self) -> Path | None:
+        output = self._config.getoption("benchmark_json", None)
+        # pytest-benchmark 5.2 opens the file as it reads the option, 5.3 keeps the path.
+        return None if output is None else Path(getattr(output, "name", output))
 
 
 def machine_differences(base: dict[str, Any], head: dict[str, Any]) -> list[str]:
