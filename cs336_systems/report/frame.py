@@ -125,6 +125,8 @@ def _row(entry: Entry, source: Source) -> Row:
     }
     row.update(_rates(row["median_ms"], record, source.peak(kind, record.get("flops_dtype"))))
     row["peak_gib"] = _gib((record.get("metrics") or {}).get("peak_bytes"))
+    if (second := _ratio(row["median_ms"], record)) is not None:
+        row["metrics.ratio"] = second
     for group in ("metrics", "counts", "facts"):
         row.update({f"{group}.{name}": value for name, value in (record.get(group) or {}).items()})
     baseline = record.get("baseline")
@@ -161,6 +163,13 @@ def _rates(median_ms: float | None, record: Mapping[str, Any], peak: float | Non
         "tflops": None if rate is None else rate / 1e12,
         "share_of_peak": None if rate is None or peak is None else 100 * rate / peak,
     }
+
+
+def _ratio(median_ms: float | None, record: Mapping[str, Any]) -> float | None:
+    """Return our time over a second opinion on it: `do_bench`, or a delay whose length is known."""
+    other = (record.get("metrics") or {}).get("do_bench_ms") or record["case"].get("delay_ms")
+    known = isinstance(other, (int, float)) and not isinstance(other, bool) and other > 0
+    return median_ms / other if known and median_ms is not None else None
 
 
 def _gib(num_bytes: float | None) -> float | None:

@@ -39,7 +39,7 @@ def _block(section: Section) -> str | None:
     lines = [
         f"Median ms of each pass{at} on {section.hardware.label}, {compared}{more}.",
         markdown_table(table),
-        "\n".join(f"<sub>{line}</sub>" for line in section.stamp),
+        "\n".join(f"<sub>{line}</sub>" for line in section.brief_stamp),
     ]
     return "\n\n".join(lines)
 

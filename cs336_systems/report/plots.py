@@ -74,7 +74,7 @@ def _canvas(scene: Scene, section: Section) -> Canvas:
     return Canvas(
         title=f"{scene.plot.title} on {section.hardware.label}",
         subtitle=", ".join(scene.said),
-        stamp=section.stamp,
+        stamp=section.brief_stamp,
         num_rows=num_rows,
         num_columns=num_columns,
         panel_width=7.2 if wide else {1: 5.2, 2: 3.6}.get(num_columns, 2.7),

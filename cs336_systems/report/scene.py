@@ -134,9 +134,12 @@ def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) 
     timed = [row for row in rows if row["status"] == "ok"]
     if ends and timed:
         found = combinations_of(ends, timed)
-        rows = [row for row in rows if values(ends, row) in (found[0], found[-1])]
+        # Of the later variants, the one that most cases were timed in; the last of equals.
+        swept = [sum(values(ends, row) == variant for row in timed) for variant in found]
+        other = max(range(len(found)), key=lambda index: (index > 0, swept[index], index))
+        rows = [row for row in rows if values(ends, row) in (found[0], found[other])]
         if len(found) > 2:
-            said.append(f"first and last of {len(found)} variants, all are in the table")
+            said.append(f"two of {len(found)} variants, all are in the table")
     if plot.regardless is not None and plot.regardless in index:
         rest = [param for param in index if param != plot.regardless]
         # Rows that hold the measure come last and so replace those that do not.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +107,25 @@ def _commit(commit: Value) -> str:
     return f"{short}+dirty" if commit["dirty"].raw is True else short
 
 
-def stamp(sources: Iterable[Source], hardware: Hardware) -> list[str]:
-    """Return the lines every table and plot carries: hardware, versions, commit, command."""
-    return list(dict.fromkeys(_stamp_line(source, hardware) for source in sources))
+def stamp(sources: Iterable[Source], hardware: Hardware, *, brief: bool = False) -> list[str]:
+    """Return what every table and plot carries: hardware, versions, commits, and the commands that remake it.
+
+    Sources that differ only in their commands share a line; `brief` counts commands beyond the second.
+    """
+    commands: dict[str, list[str]] = {}
+    for source in sources:
+        listed = commands.setdefault(_stamp_line(source, hardware), [])
+        if source.command and source.command not in listed:
+            listed.append(source.command)
+    return [f"{line}{_made_by(listed, brief)}" for line, listed in commands.items()]
+
+
+def _made_by(commands: Sequence[str], brief: bool) -> str:
+    if not commands:
+        return ""
+    shown = commands[:2] if brief and len(commands) > 3 else commands
+    rest = f" and {len(commands) - len(shown)} more, listed in the table" if shown != commands else ""
+    return "; made by " + ", ".join(f"`{command}`" for command in shown) + rest
 
 
 def _stamp_line(source: Source, hardware: Hardware) -> str:
@@ -123,6 +139,4 @@ def _stamp_line(source: Source, hardware: Hardware) -> str:
         f"{names.get(name, name)} {text}" for name, text in source.versions if name not in hidden
     ]
     parts.append(f"commit {source.commit}")
-    if source.command:
-        parts.append(f"made by `{source.command}`")
     return "; ".join(parts)

@@ -56,6 +56,7 @@ class Section:
     tables: Sequence[Table]
     notes: Sequence[str]
     stamp: Sequence[str]
+    brief_stamp: Sequence[str]
     name: str
     """The stem of its files: the study, with the hardware's slug where there is more than one."""
 
@@ -101,6 +102,7 @@ def _section(study: Study, hardware: Hardware, rows: Sequence[Row], name: str) -
         tables=[*pivots, all_cases(index, rows)],
         notes=[*_measured_notes(rows), *_outcome_notes(rows)],
         stamp=stamp((row["source"] for row in rows), hardware),
+        brief_stamp=stamp((row["source"] for row in rows), hardware, brief=True),
         name=name,
     )
 

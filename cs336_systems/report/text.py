@@ -44,6 +44,7 @@ _NAMES = {
     "before_backward_bytes": "memory before backward",
     "saved_bytes": "saved for backward",
     "do_bench_ms": "do_bench (ms)",
+    "ratio": "ratio, ours to the other (x)",
 }
 _SHORT = {"d": "d", "seq": "seq", "context": "context", "size": "size", "warmup": "warm-up asked"}
 _UNITS = {
