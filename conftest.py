@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch is imported: parallel test processes with a thread per core each starve one another.
+    # Before torch is imported: parallel test processes, each with a thread per core, starve one
+    # another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis

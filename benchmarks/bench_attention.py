@@ -1,4 +1,5 @@
-"""The attention grid: batch 8, one head, every row of the table, forward and backward, memory between."""
+"""The attention grid: batch 8, one head, every row of the table, forward and backward, memory
+between."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from cs336_systems.measure.workload import NotMeasured, Workload
 BATCH_SIZE = 8
 ROUNDS = 100
 CHECKED_ROWS = 64
-"""Query rows, counted from the last, that are compared with fp64: the rows that see the most keys."""
+"""Query rows, counted from the last, compared with fp64: the rows that see the most keys."""
 
 
 def sweep(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
@@ -115,7 +116,8 @@ class AttentionBench:
         return {"before_backward_bytes": float(torch.cuda.memory_allocated(self._device))}
 
     def _check(self) -> None:
-        """Hold the last rows to twice the error of the plain formula in the same precision, and rounding."""
+        """Hold the last rows to twice the error of the plain formula in the same precision, and
+        rounding."""
         self._forward()
         assert self._output is not None
         with torch.no_grad():
@@ -126,7 +128,8 @@ class AttentionBench:
             scores = q[-CHECKED_ROWS:] @ k.T / math.sqrt(q.shape[-1])
             plain = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1) @ v
             truth = _last_rows_in_fp64(q, k, v, mask)
-        # Twice what the plain formula errs here, and what rounding sums and the result errs at the least.
+        # Twice what the plain formula errs here, and what rounding sums and the result errs at
+        # the least.
         rounding = (
             torch.finfo(torch.float32).eps * v.abs().max()
             + torch.finfo(q.dtype).eps * truth.abs().max()

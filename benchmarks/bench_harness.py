@@ -1,4 +1,5 @@
-"""The harness measures itself: a known delay on both clocks, and one step against triton's `do_bench`."""
+"""The harness measures itself: a known delay on both clocks, and one step against triton's
+`do_bench`."""
 
 from __future__ import annotations
 

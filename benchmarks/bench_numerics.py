@@ -1,4 +1,5 @@
-"""Two short experiments on number formats: summing small values, and what autocast runs in which dtype."""
+"""Two short experiments on number formats: summing small values, and what autocast runs in which
+dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from cs336_systems.measure.workload import Workload
 NUM_TERMS = 1000
 TERM = 0.01
 VARIANTS = {
-    # name: (dtype of the sum, dtype of the term, is the term cast to the sum's dtype before it is added)
+    # name: (dtype of the sum, dtype of the term, is the term cast to the sum's dtype before adding)
     "fp32 sum of fp32": (torch.float32, torch.float32, False),
     "fp16 sum of fp16": (torch.float16, torch.float16, False),
     "fp32 sum of fp16": (torch.float32, torch.float16, False),

@@ -1,4 +1,4 @@
-"""What warm-up is for: the first steps of a fresh process, timed after 0, 1, 2 and 5 warm-up steps."""
+"""What warm-up is for: first steps of a fresh process, timed after 0, 1, 2 and 5 warm-up steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The swept shapes, once: what each benchmark file runs by default, and what the command line chooses."""
+"""The swept shapes, once: what each benchmark file runs by default, and what the command line
+chooses."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Selection:
     precisions: tuple[str, ...]
     compile_modes: tuple[str, ...]
     compiled_everywhere: bool
-    """Else only at the last context in the first precision: a default run on a CPU has minutes, not hours."""
+    """Else only at the last context in the first precision: a default run on a CPU has minutes,
+    not hours."""
     warmups: tuple[int, ...]
     warmup_sizes: tuple[str, ...]
     rows: tuple[str, ...]
@@ -147,7 +149,7 @@ def _default_lists(device: torch.device) -> dict[str, Sequence[Any]]:
 
 
 def _gpu_lists(memory_bytes: int) -> dict[str, Sequence[Any]]:
-    # A full fp32 step holds 16 bytes a weight; the last size of the list is the last that has a chance.
+    # A full fp32 step holds 16 bytes a weight; the list's last size is the last that has a chance.
     largest = sum(memory_bytes > need * 2**30 for need in (0, 12, 24, 48, 72))
     return {
         "sizes": ("small", "medium", "large", "xl", "2.7b")[:largest],

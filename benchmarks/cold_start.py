@@ -1,4 +1,5 @@
-"""Run as a script by bench_warmup: full steps from a cold start; prints their seconds as a JSON list."""
+"""Run as a script by bench_warmup: full steps from a cold start; prints their seconds as a JSON
+list."""
 
 from __future__ import annotations
 

@@ -32,8 +32,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drop the functions that this run sweeps nothing of; let a library's warning stay a warning."""
-    empty = [item for item in items if NOTHING in item.callspec.params.values()]  # type: ignore[attr-defined]
+    """Drop the functions that this run sweeps nothing of; a library's warning stays a warning."""
+    empty = [
+        item
+        for item in items
+        if NOTHING in item.callspec.params.values()  # type: ignore[attr-defined]
+    ]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]

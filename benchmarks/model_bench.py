@@ -1,4 +1,5 @@
-"""The language model as a workload: its five passes, prepared so that the clock sees only what it should."""
+"""The language model as a workload: its five passes, prepared so that the clock sees only what it
+should."""
 
 from __future__ import annotations
 
@@ -153,7 +154,8 @@ class ModelBench:
             return self._forward()
 
     def _prepare_backward(self) -> None:
-        self._loss = None  # Frees a graph that no backward pass has used up before the next is built.
+        # Frees a graph that no backward pass has used up before the next is built.
+        self._loss = None
         self.model.zero_grad(set_to_none=True)
         self._loss = self._forward()
 
@@ -213,7 +215,7 @@ class ModelBench:
 
 
 class ModelSlot:
-    """Holds at most one model, so that the passes of one case share it and the next case finds room."""
+    """Holds at most one model: the passes of one case share it and the next case finds room."""
 
     def __init__(self) -> None:
         self._bench: ModelBench | None = None

@@ -1,4 +1,4 @@
-"""Closed forms: parameters, floating-point operations and memory of the model, without building it."""
+"""Closed forms: parameters, floating-point operations, memory of the model, without building it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def forward_flops(config: ModelConfig, batch_size: int, context: int) -> float:
 
 
 def pass_flops(config: ModelConfig, batch_size: int, context: int, which: str) -> float | None:
-    """Return the model FLOPs of one pass; backward is twice forward; the optimizer multiplies no matrices.
+    """Return the model FLOPs of one pass; backward is twice forward.
+
+    The optimizer multiplies no matrices.
 
     Raises: UsageError for an unknown pass.
     """
@@ -74,10 +76,11 @@ def least_bytes(
     half: bool,
     scores_kept: int,
 ) -> int:
-    """Return memory that a pass cannot do without: a lower bound, so that nothing that fits is refused.
+    """Return memory a pass cannot do without: a lower bound, so that nothing that fits is refused.
 
-    fp32 weights; with gradients, as many bytes again; with AdamW, twice as many; for backward, each block's
-    input and `scores_kept` matrices of attention scores (0 for fused attention). Autocast halves these.
+    fp32 weights; with gradients, as many bytes again; with AdamW, twice as many; for backward, each
+    block's input and `scores_kept` matrices of attention scores (0 for fused attention). Autocast
+    halves these.
     """
     weights = FP32_BYTES * parameters(config).total
     states = {"forward": 1, "forward_backward": 2, "backward": 2, "full_step": 4, "optimizer": 4}[
@@ -96,9 +99,10 @@ def least_bytes(
 def attention_flops(
     batch_size: int, num_heads: int, seq: int, head_dim: int, which: str, *, is_causal: bool
 ) -> float:
-    """Return the FLOPs by which attention kernels are compared: two products forward, five backward.
+    """Return the FLOPs that attention kernels are compared by: two products forward, five backward.
 
-    Source: Dao 2023 (FlashAttention-2), section 4.1: the causal mask halves the count, backward is 2.5 forward.
+    Source: Dao 2023 (FlashAttention-2), section 4.1: the causal mask halves the count, backward is
+    2.5 forward.
     """
     forward = 4.0 * batch_size * num_heads * seq**2 * head_dim * (0.5 if is_causal else 1.0)
     return forward * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[which]

@@ -10,7 +10,8 @@ class UsageError(ValueError):
 
 
 def bad(where: str, name: str, rule: str, got: object) -> UsageError:
-    """Build the error for argument `name` of `where`: `attention: key must have head dim 64, got 80`."""
+    """Build the error for argument `name` of `where`:
+    `attention: key must have head dim 64, got 80`."""
     return UsageError(f"{where}: {name} must {rule}, got {got!r}")
 
 

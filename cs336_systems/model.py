@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from cs336_basics.model import BasicsTransformerLM
+from cs336_basics.model import BasicsTransformerLM, TransformerBlock
 
 from cs336_systems.attention import ATTENTION, DEFAULT_ATTENTION
 from cs336_systems.config import ModelConfig
@@ -29,6 +29,7 @@ def build_model(
     function = ATTENTION[attention].load()
     model = BasicsTransformerLM(**asdict(config), device=device, dtype=dtype)
     for layer in model.layers:
+        assert isinstance(layer, TransformerBlock)
         layer.attn.attention_fn = function
     return model
 

@@ -1,7 +1,7 @@
 """Tables of named implementations: one row is enough to be tested, benchmarked and reported.
 
-A row names where its function lives and what it needs; nothing is imported before the row is used, so that
-a table can be listed on a machine where half of its rows cannot run.
+A row names where its function lives and what it needs; nothing is imported before the row is used,
+so that a table can be listed on a machine where half of its rows cannot run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Entry:
         return getattr(importlib.import_module(module), name)
 
     def unmet(self, *, device: str, dtype: str | None = None) -> Unmet | None:
-        """Return why this row cannot run on `device` (`cpu` or `cuda`) with `dtype`, or None if it can."""
+        """Return why this row cannot run on `device` (`cpu` or `cuda`) with `dtype`; None if it
+        can."""
         for need in self.needs:
             if (missing := _unmet(need, device)) is not None:
                 return missing

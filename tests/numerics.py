@@ -1,4 +1,5 @@
-"""Error budgets for attention: what the plain formula errs in the same dtype, and what rounding must err."""
+"""Error budgets for attention: what the plain formula errs in the same dtype, and what rounding
+must err."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def assert_within_budget(
     magnitudes: tuple[float, ...],
     factor: float = 3.0,
 ) -> None:
-    """Hold each of o, dq, dk, dv to `factor` times the plain formula's error and one rounding of its terms."""
+    """Hold each of o, dq, dk, dv to `factor` times the plain formula's error and one rounding of
+    its terms."""
     for name, mine, theirs, exact, magnitude in zip(
         NAMES, got, plain, truth, magnitudes, strict=True
     ):

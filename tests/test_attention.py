@@ -1,4 +1,5 @@
-"""Every row of the attention table against fp64, forward and backward, on whatever device is here."""
+"""Every row of the attention table against fp64, forward and backward, on whatever device is
+here."""
 
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ def test_scale_and_large_logits(kind: str) -> None:
 
 
 def test_compiled_plain_backward_is_finite_in_bf16() -> None:
-    """Autograd through the row maximum once gave NaN here: no recomputed score equalled the maximum."""
+    """Autograd through the row maximum once gave NaN: no recomputed score equalled the maximum."""
     kind = "scaled_dot_prod_attention_compiled"
     unmet = ATTENTION[kind].unmet(device=DEVICE)
     if unmet is not None:

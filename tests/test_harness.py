@@ -162,7 +162,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter() -> None:
 
 
 def test_saved_bytes_frees_the_graph() -> None:
-    """A node that saves its own output (exp) once kept itself alive, and the whole model with it."""
+    """A node that saves its own output (exp) once kept itself alive and the whole model with it."""
     x = torch.randn(8, requires_grad=True)
     graph: list[weakref.ref[torch.Tensor]] = []
 

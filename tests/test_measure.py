@@ -155,7 +155,15 @@ class TestRanges:
         import cs336_basics.model as basics
 
         original = basics.scaled_dot_product_attention
-        with pytest.raises(KeyError), annotated_attention(True, softmax):
-            assert basics.scaled_dot_product_attention is not original
-            raise KeyError
+        inside = []
+
+        def fail_annotated() -> None:
+            with annotated_attention(True, softmax):
+                inside.append(basics.scaled_dot_product_attention)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail_annotated()
+        assert len(inside) == 1
+        assert inside[0] is not original
         assert basics.scaled_dot_product_attention is original

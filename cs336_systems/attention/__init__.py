@@ -1,8 +1,8 @@
 """Attention by many names: one table, one public function, one fp64 truth.
 
-Every row is a function `(q, k, v, *, is_causal, scale) -> o` on tensors (..., heads, seq, head_dim) or
-(..., seq, head_dim), differentiable in q, k and v. Causal means that query i sees keys j <= i, counted from
-the top left, also when there are more keys than queries.
+Every row is a function `(q, k, v, *, is_causal, scale) -> o` on tensors (..., heads, seq, head_dim)
+or (..., seq, head_dim), differentiable in q, k and v. Causal means that query i sees keys j <= i,
+counted from the top left, also when there are more keys than queries.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def attention(
 ) -> Tensor:
     """Return softmax(scale * q k^T + mask) v by the table's row `kind`.
 
-    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> q's shape. `scale` is
-    1 / sqrt(head_dim) when None.
+    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> q's shape.
+    `scale` is 1 / sqrt(head_dim) when None.
     Raises: UsageError for an unknown row or arguments that do not fit one another.
     """
     check_arguments(q, k, v)

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Run torch's fused attention; torch picks the backend (FlashAttention-2 for half types on a GPU)."""
+    """Run torch's fused attention; torch picks the backend (FlashAttention-2 for half types on
+    a GPU)."""
     return _as_heads(F.scaled_dot_product_attention, q, k, v, is_causal=is_causal, scale=scale)
 
 
@@ -37,11 +38,13 @@ def flex(
 def flash_attn_4(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Run flash-attn-4, which takes (batch, seq, heads, head_dim) and counts causal from the bottom right."""
+    """Run flash-attn-4, which takes (batch, seq, heads, head_dim) and counts causal from the bottom
+    right."""
     from flash_attn.cute import flash_attn_func
 
     if is_causal and q.shape[-2] != k.shape[-2]:
-        # Its causal mask is aligned at the last key; ours at the first. Cutting keys makes them agree.
+        # Its causal mask is aligned at the last key; ours at the first. Cutting keys makes them
+        # agree.
         k, v = (tensor[..., : q.shape[-2], :] for tensor in (k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,7 +56,8 @@ def flash_attn_4(
 
 
 def _as_heads(function: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-    """Call `function` on (batch, heads, seq, head_dim): some peers take nothing else, sdpa is slow on less."""
+    """Call `function` on (batch, heads, seq, head_dim): some peers take nothing else, sdpa is slow
+    on less."""
     shape = q.shape
     q, k, v = (
         tensor.reshape(-1, tensor.shape[-3] if tensor.dim() > 3 else 1, *tensor.shape[-2:])

@@ -13,7 +13,7 @@ from cs336_systems.attention.masks import causal_mask
 def scaled_dot_prod_attention(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Return softmax(scale * q k^T + mask) v, holding every intermediate (num_queries, num_keys) in memory.
+    """Return softmax(scale * q k^T + mask) v, holding all (num_queries, num_keys) intermediates.
 
     Source: Vaswani et al. 2017, equation 1.
     """
@@ -22,8 +22,9 @@ def scaled_dot_prod_attention(
     if is_causal:
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
         scores = scores.masked_fill(~mask, float("-inf"))
-    # The maximum cancels, so it takes no gradient. Letting autograd through it is wrong under torch.compile
-    # in bf16: the fused backward recomputes the scores unrounded, finds none equal to the maximum, divides by 0.
+    # The maximum cancels, so it takes no gradient. Letting autograd through it is wrong under
+    # torch.compile in bf16: the fused backward recomputes the scores unrounded, finds none equal
+    # to the maximum, divides by 0.
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights.to(v.dtype) @ v

@@ -27,7 +27,8 @@ def reference_attention(
     """Return O and L in fp64: L is the natural-log log-sum-exp of each row of scaled scores.
 
     A row that sees no key gives O = 0 and L = -inf.
-    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> O like q, L (..., num_queries).
+    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> O like q,
+        L (..., num_queries).
     """
     q, k, v = (tensor.double() for tensor in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -36,7 +37,7 @@ def reference_attention(
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)
         scores = scores.masked_fill(~mask, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
-    # Where a row sees nothing, -inf - -inf would be NaN; any finite number there gives weights of 0.
+    # Where a row sees nothing, -inf - -inf would be NaN; any finite number gives weights of 0.
     weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return weights @ v, lse
 

@@ -1,7 +1,8 @@
 """The same formula in as few passes over the scores as eager torch allows.
 
-Scale and mask ride on the product (`baddbmm`), the softmax is torch's single fused pass, and nothing else of
-size (num_queries, num_keys) is made: two such tensors live at once instead of the textbook's six.
+Scale and mask ride on the product (`baddbmm`), the softmax is torch's single fused pass, and
+nothing else of size (num_queries, num_keys) is made: two such tensors live at once instead of the
+textbook's six.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cs336_systems.attention.masks import causal_mask
 def vectorized_torch(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Return softmax(scale * q k^T + mask) v with one batched product, one softmax and one product."""
+    """Return softmax(scale * q k^T + mask) v with one batched product, one softmax, one product."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     q3, k3, v3 = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v))

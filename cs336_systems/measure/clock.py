@@ -1,9 +1,9 @@
-"""The two clocks, shaped as pytest-benchmark timers: called once before and once after a timed call.
+"""The two clocks, shaped as pytest-benchmark timers: called once before, once after a timed call.
 
-`WallClock` is for steps (a millisecond and more): the host's clock, read only when the device is idle.
-`EventClock` is for kernels: CUDA events around the call, so that host work before the first launch is not
-counted as long as something queued earlier keeps the device busy. `ReplayClock` hands on times that were
-taken elsewhere, in another process or on several ranks.
+`WallClock` is for steps (a millisecond and more): the host's clock, read only when the device is
+idle. `EventClock` is for kernels: CUDA events around the call, so that host work before the first
+launch is not counted as long as something queued earlier keeps the device busy. `ReplayClock` hands
+on times that were taken elsewhere, in another process or on several ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return a function that waits until `device` is idle; on a CPU there is nothing to wait for."""
+    """Return a function that waits until `device` is idle; a CPU leaves nothing to wait for."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
@@ -37,8 +37,8 @@ class WallClock:
 class EventClock:
     """Seconds of device time between odd and even calls, as a clock that only ever advances.
 
-    The first call of a pair records an event and does not wait: waiting would leave the device idle, and
-    the launch of the timed call would be counted as its work.
+    The first call of a pair records an event and does not wait: waiting would leave the device
+    idle, and the launch of the timed call would be counted as its work.
     """
 
     __name__ = "event_clock"

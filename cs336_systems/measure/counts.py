@@ -1,16 +1,17 @@
-"""Counts that the same code must repeat exactly: operators that a step dispatches, kernels it launches."""
+"""Counts that the same code must repeat exactly: operators that a step dispatches, kernels it
+launches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
 def count_operators(device: torch.device, closure: Callable[[], object]) -> dict[str, int]:
-    """Run `closure` once under torch's profiler and count `operators` (ATen calls) and, on a GPU, `kernels`."""
+    """Run `closure` once under torch's profiler and count `operators` (ATen calls) and, on a GPU,
+    `kernels`."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -22,7 +23,7 @@ def count_operators(device: torch.device, closure: Callable[[], object]) -> dict
     counts = {"operators": sum(event.name.startswith("aten::") for event in events)}
     if device.type == "cuda":
         counts["kernels"] = sum(
-            event.device_type == DeviceType.CUDA and not event.name.startswith(("Mem", "gpu_"))
+            event.device_type.name == "CUDA" and not event.name.startswith(("Mem", "gpu_"))
             for event in events
         )
     return counts

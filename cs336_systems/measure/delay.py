@@ -1,4 +1,4 @@
-"""A known amount of work: the device is busy for a given time by its own clock. For testing clocks."""
+"""A known amount of work, to test clocks: the device is busy for a given time by its own clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def _spin_kernel(elapsed_ptr, nanoseconds):
 
 
 def spin(elapsed: torch.Tensor, milliseconds: float) -> None:
-    """Queue a kernel that keeps `elapsed`'s device busy for `milliseconds` and stores the time it took there.
+    """Queue a kernel that keeps `elapsed`'s device busy for `milliseconds` and stores there the
+    time it took.
 
     Shapes: elapsed (1,) int64, in nanoseconds of the device's global timer.
     """

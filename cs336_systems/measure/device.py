@@ -14,7 +14,9 @@ from cs336_systems.errors import bad
 
 PEAKS: dict[str, dict[str, float]] = {
     # Dense rates and memory bandwidth by the makers' data sheets, in FLOP/s and bytes/s.
-    "NVIDIA H200": {"fp32": 67e12, "tf32": 494.7e12, "fp16": 989.4e12, "bf16": 989.4e12, "mem": 4.8e12},
+    "NVIDIA H200": {
+        "fp32": 67e12, "tf32": 494.7e12, "fp16": 989.4e12, "bf16": 989.4e12, "mem": 4.8e12,
+    },
     "NVIDIA H100 80GB HBM3": {
         "fp32": 67e12, "tf32": 494.7e12, "fp16": 989.4e12, "bf16": 989.4e12, "mem": 3.35e12,
     },

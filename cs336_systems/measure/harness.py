@@ -1,7 +1,9 @@
-"""One case from preparation to record: warm up, check, measure memory, then let pytest-benchmark time it.
+"""One case from preparation to record: warm up, check, measure memory, then let pytest-benchmark
+time it.
 
-Everything that can fail runs before the first timed round, so that a case has either a complete row or
-none. What a case may end as without being timed (out of memory, skipped, not installed) is a row too.
+Everything that can fail runs before the first timed round, so that a case has either a complete row
+or none. What a case may end as without being timed (out of memory, skipped, not installed) is a row
+too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from cs336_systems.measure.workload import NotMeasured, Workload
 
 Clock = Callable[[], float]
 Timer = Callable[..., None]
-"""`timer(clock, step, setup, rounds)`: calls `clock` before and after each of `rounds` calls of `step`."""
+"""`timer(clock, step, setup, rounds)`: calls `clock` before and after each of `rounds` calls of
+`step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Settings:
 
 @dataclass
 class Harness:
-    """Runs cases on one device; the clock and the synchronisation can be replaced to test the harness."""
+    """Runs cases on one device; clock and synchronisation can be replaced to test the harness."""
 
     settings: Settings
     synchronize: Callable[[], None] | None = None
@@ -49,7 +52,8 @@ class Harness:
             self.synchronize = synchronizer(self.settings.device)
 
     def run(self, case: Case, build: Callable[[], Workload], timer: Timer) -> Record:
-        """Prepare and time one case; a case that memory or a missing part rules out still gives a record."""
+        """Prepare and time one case; a case that memory or a missing part rules out still gives
+        a record."""
         case = self._resolve(case)
         device = self.settings.device
         try:
@@ -113,7 +117,8 @@ class Harness:
 
     def _warm_up(self, case: Case, workload: Workload) -> float:
         """Run the warm-up rounds and return how long one round with its setup takes."""
-        assert case.warmup_rounds is not None and self.synchronize is not None
+        assert case.warmup_rounds is not None
+        assert self.synchronize is not None
         seconds = 0.0
         for _ in range(case.warmup_rounds):
             start = time.perf_counter()
@@ -149,7 +154,8 @@ class Harness:
         return setup
 
     def _flush_cache(self) -> None:
-        """Overwrite the device's L2 cache; the write also keeps the device busy while the host launches."""
+        """Overwrite the device's L2 cache; the write also keeps the device busy while the host
+        launches."""
         if self._flush is None:
             l2_bytes = torch.cuda.get_device_properties(self.settings.device).L2_cache_size
             size = max(256 * 2**20, 4 * l2_bytes)

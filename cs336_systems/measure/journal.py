@@ -1,7 +1,7 @@
 """A line per finished case beside the JSON that pytest-benchmark writes only at the very end.
 
-An interrupted run leaves the journal; the report reads it like a JSON, and `--skip-done` continues from it.
-A run that ends normally removes it.
+An interrupted run leaves the journal; the report reads it like a JSON, and `--skip-done` continues
+from it. A run that ends normally removes it.
 """
 
 from __future__ import annotations

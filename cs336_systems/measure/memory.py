@@ -1,4 +1,5 @@
-"""Device memory: peaks, what autograd keeps for the backward pass, and reading an out-of-memory error."""
+"""Device memory: peaks, what autograd keeps for the backward pass, and reading an out-of-memory
+error."""
 
 from __future__ import annotations
 
@@ -15,16 +16,18 @@ _CPU_REQUEST = re.compile(r"you tried to allocate (\d+) bytes")
 
 
 def release(device: torch.device) -> None:
-    """Give back what the previous case left: cycles that hold tensors, then the caching allocator's blocks."""
+    """Give back what the previous case left: cycles that hold tensors, then the caching allocator's
+    blocks."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device, closure: Callable[[], object]) -> int | None:
-    """Run `closure` once and return the most device memory in use meanwhile, what was there before included.
+    """Run `closure` once and return the most device memory in use meanwhile.
 
-    torch counts allocations only for CUDA devices; elsewhere the answer is None.
+    What was there before is included. torch counts allocations only for CUDA devices; elsewhere
+    the answer is None.
     """
     if device.type != "cuda":
         closure()
@@ -37,9 +40,9 @@ def peak_bytes(device: torch.device, closure: Callable[[], object]) -> int | Non
 
 
 def saved_bytes(closure: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
-    """Run `closure` once and return the bytes that autograd keeps for backward, each storage counted once.
+    """Run `closure` once and return the bytes that autograd keeps for backward.
 
-    Storages of `exclude` (a model's parameters: there anyway) are not counted.
+    Each storage counts once, those of `exclude` (a model's parameters: there anyway) not at all.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -49,7 +52,7 @@ def saved_bytes(closure: Callable[[], object], exclude: Iterable[torch.Tensor] =
         if storage.data_ptr() not in known:
             # Holding the storage keeps its address from being handed out again.
             kept[storage.data_ptr()] = storage
-        # Packed as it is, a node's own output would lead back to the node: a cycle that is never freed.
+        # Packed as it is, a node's own output would lead back to the node: a cycle never freed.
         return tensor.detach()
 
     def unpack(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +82,8 @@ def requested_bytes(error: BaseException) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the memory that a new process could use on `device`: all of a GPU's, or the host's available."""
+    """Return the memory that a new process could use on `device`: all of a GPU's, or the host's
+    available."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -96,7 +100,8 @@ def gib(num_bytes: float | None) -> str:
 
 
 class MemoryHistory:
-    """Context in which CUDA's allocator records every allocation, then dumps it for the memory viewer."""
+    """Context in which CUDA's allocator records every allocation, then dumps them for the memory
+    viewer."""
 
     def __init__(self, path: str, *, max_entries: int = 1_000_000) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""NVTX ranges that cost nothing when off, and a model whose attention is split into named ranges."""
+"""NVTX ranges that cost nothing when off, and a model's attention split into named ranges."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Ranges:
 def annotated_attention(enabled: bool, softmax: Callable[..., Tensor]) -> Iterator[None]:
     """While active, the language model's own attention marks its scores, softmax and final product.
 
-    The course's way: the model looks its attention up as a module attribute, so replacing that attribute
-    annotates every layer. Undone on exit, whatever happens.
+    The course's way: the model looks its attention up as a module attribute, so replacing that
+    attribute annotates every layer. Undone on exit, whatever happens.
     """
     if not enabled:
         yield

@@ -1,4 +1,5 @@
-"""The `gpu_benchmark` fixture, its options, and the pytest-benchmark hooks that put records into the JSON.
+"""The `gpu_benchmark` fixture, its options, and the pytest-benchmark hooks that put records into
+the JSON.
 
 Loaded by the repository's conftest.py, or anywhere with `-p cs336_systems.measure.pytest_plugin`.
 """
@@ -71,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def gpu_benchmark(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[GpuBenchmark]:
-    """Measure one case: `gpu_benchmark(case, closure)`, or `gpu_benchmark(case, build=function)`."""
+    """Measure one case: `gpu_benchmark(case, closure)` or `gpu_benchmark(case, build=function)`."""
     session = session_of(request.config)
     marker = request.node.get_closest_marker("benchmark")
     yield GpuBenchmark(session, benchmark, marker.kwargs["timer"], request.node.nodeid)
@@ -125,8 +126,9 @@ class GpuBenchmark:
     ) -> Record:
         """Time `closure`, or the workload that `build` prepares; return the record.
 
-        `build` runs inside the guard that turns running out of memory into a row, so large allocations
-        belong there. `setup` runs before every round, `check` once before the first, both untimed.
+        `build` runs inside the guard that turns running out of memory into a row, so large
+        allocations belong there. `setup` runs before every round, `check` once before the first,
+        both untimed.
 
         Raises: pytest's skip when the case ended without a time, with the row's reason.
         """
@@ -220,7 +222,8 @@ class Session:
         self._position += 1
         values = " ".join(str(value) for value in record.case.params.values())
         elapsed = time.strftime("%H:%M:%S", time.gmtime(time.time() - self._started))
-        self._line = f"[{self._position:>4}/{self._total} {elapsed}] {record.case.study:<15} {values:<42} {line}"
+        position = f"[{self._position:>4}/{self._total} {elapsed}]"
+        self._line = f"{position} {record.case.study:<15} {values:<42} {line}"
 
     def _section(self) -> dict[str, Any]:
         return {

@@ -1,9 +1,10 @@
 """The one schema of a measurement: what was run, on which clock, and how it ended.
 
-A `Case` is known before anything runs; a `Record` is a case plus its outcome. A record that was timed
-travels as the `extra_info` of its pytest-benchmark entry, whose `stats` hold the rounds in seconds. A
-record that was not timed (out of memory, skipped, not installed) has no statistics, so it travels in the
-JSON's own `cs336_systems.rows`, where pytest-benchmark's comparison never meets it.
+A `Case` is known before anything runs; a `Record` is a case plus its outcome. A record that was
+timed travels as the `extra_info` of its pytest-benchmark entry, whose `stats` hold the rounds in
+seconds. A record that was not timed (out of memory, skipped, not installed) has no statistics, so
+it travels in the JSON's own `cs336_systems.rows`, where pytest-benchmark's comparison never meets
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Case:
     params: Mapping[str, Scalar]
     """The swept parameters; together with `study` they identify the row."""
     clock: Clock = "wall_ms"
-    """`wall_ms`: host clock, device synchronised at both ends. `gpu_ms`: CUDA events around the call."""
+    """`wall_ms`: host clock, device synchronised at both ends. `gpu_ms`: CUDA events around the
+    call."""
     cache: Cache = "warm"
     """`cold`: the device's L2 cache is flushed before every timed call."""
     rounds: int | None = None
@@ -56,7 +58,8 @@ class Record:
     reason: str | None = None
     """One line: why the case was not timed."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """Numbers measured beside time, unit in the name: `peak_bytes`, `requested_bytes`, `max_abs_error`."""
+    """Numbers measured beside time, unit in the name: `peak_bytes`, `requested_bytes`,
+    `max_abs_error`."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Numbers that the same code must repeat exactly: `operators`, `kernels`, `saved_bytes`."""
     facts: Mapping[str, str] = field(default_factory=dict)

@@ -10,14 +10,15 @@ from cs336_systems.measure.record import Status
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A prepared case: the call to time and everything that belongs around it, outside the clock."""
+    """A prepared case: the call to time and all that belongs around it, outside the clock."""
 
     step: Callable[[], object]
     """The timed call."""
     setup: Callable[[], object] | None = None
     """Run before every call of `step`, e.g. the forward pass when `step` is the backward pass."""
     check: Callable[[], None] | None = None
-    """Raises AssertionError when the result is wrong; run after warm-up, so a wrong case gets no row."""
+    """Raises AssertionError when the result is wrong; run after warm-up, so a wrong case gets no
+    row."""
     count: Callable[[], Mapping[str, int]] | None = None
     """Numbers that the same code repeats exactly."""
     metrics: Callable[[], Mapping[str, float | None]] | None = None
@@ -25,10 +26,10 @@ class Workload:
     facts: Mapping[str, str] | None = None
     """Findings that are words."""
     replay_seconds: Sequence[float] | None = None
-    """Round times taken elsewhere (another process, other ranks); `step` is then not called at all."""
+    """Round times taken elsewhere (another process, other ranks); `step` is then never called."""
 
 
-class NotMeasured(Exception):
+class NotMeasured(Exception):  # noqa: N818 - an outcome that becomes a row, not an error
     """Raised while a case is prepared to end it as a row without a time."""
 
     def __init__(self, status: Status, reason: str, **metrics: float) -> None:
