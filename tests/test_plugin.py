@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,12 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess(*PLUGIN, "--device", "cpu", *args)
+    outcome = pytester.runpytest_inprocess(*PLUGIN, "--device", "cpu", *args)
+    with warnings.catch_warnings():
+        # pytest-benchmark 5.2 opens --benchmark-json each time the options are parsed.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    return outcome
 
 
 def result(pytester: pytest.Pytester, name: str = "out.json") -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Canvas:
         """Return the picture; the same data gives the same bytes."""
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", metadata={"Software": None})
-        # A plot has few colours: a palette makes the file, and the page that holds it, a third as large.
+        # A plot has few colours: a palette makes the file, and the page, a third as large.
         picture = Image.open(buffer).convert("RGB").quantize(255, dither=Image.Dither.NONE)
         small = io.BytesIO()
         picture.save(small, format="png", optimize=True)

@@ -7,6 +7,7 @@ from itertools import compress
 
 from cs336_systems.report import text
 from cs336_systems.report.frame import Row
+from cs336_systems.report.source import stamp
 from cs336_systems.report.studies import fullest, values_of, word
 from cs336_systems.report.tables import Cell, Section, Table, cell, markdown_table, time_cell
 
@@ -35,11 +36,12 @@ def _block(section: Section) -> str | None:
     if len(table.headers) > 1 + len(passes):
         by = f" in {fast_name.partition(' (')[0]}" if fast_name else ""
         more = f"; the last columns are the {word(passes[-1])}'s{by}"
+    made_by = stamp((row["source"] for row in rows), section.hardware, brief=True)
     at = f" at context {context}" if context is not None else ""
     lines = [
         f"Median ms of each pass{at} on {section.hardware.label}, {compared}{more}.",
         markdown_table(table),
-        "\n".join(f"<sub>{line}</sub>" for line in section.brief_stamp),
+        "\n".join(f"<sub>{line}</sub>" for line in made_by),
     ]
     return "\n\n".join(lines)
 

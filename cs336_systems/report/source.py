@@ -108,9 +108,9 @@ def _commit(commit: Value) -> str:
 
 
 def stamp(sources: Iterable[Source], hardware: Hardware, *, brief: bool = False) -> list[str]:
-    """Return what every table and plot carries: hardware, versions, commits, and the commands that remake it.
+    """Return what every table and plot carries: hardware, versions, commit, commands.
 
-    Sources that differ only in their commands share a line; `brief` counts commands beyond the second.
+    Sources that differ only in their commands share a line; `brief` shows two and counts the rest.
     """
     commands: dict[str, list[str]] = {}
     for source in sources:
@@ -124,7 +124,9 @@ def _made_by(commands: Sequence[str], brief: bool) -> str:
     if not commands:
         return ""
     shown = commands[:2] if brief and len(commands) > 3 else commands
-    rest = f" and {len(commands) - len(shown)} more, listed in the table" if shown != commands else ""
+    rest = (
+        f" and {len(commands) - len(shown)} more, listed in the table" if shown != commands else ""
+    )
     return "; made by " + ", ".join(f"`{command}`" for command in shown) + rest
 
 

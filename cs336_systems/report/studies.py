@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -277,12 +278,16 @@ def sort_key(params: Sequence[str], values: Sequence[Any]) -> tuple[tuple[int, f
 
 
 def fullest(param: str, across: str, rows: Sequence[Row]) -> Any:
-    """Return the value of `param` with most timed values of `across`; of equals the largest."""
+    """Return the value of `param` with most timed values of `across`.
+
+    Of equals the one that most cases were run at, timed or not; of these the largest.
+    """
     reach: dict[Any, set[Any]] = {value: set() for value in values_of(param, rows)}
     for row in rows:
         if row["status"] == "ok":
             reach[row.get(param)].add(row.get(across))
-    return max(reach, key=lambda value: (len(reach[value]), order_key(param, value)))
+    run = Counter(row.get(param) for row in rows)
+    return max(reach, key=lambda value: (len(reach[value]), run[value], order_key(param, value)))
 
 
 def word(value: Any) -> str:
