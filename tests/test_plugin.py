@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +51,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
-    outcome = pytester.runpytest_inprocess(*PLUGIN, "--device", "cpu", *args)
-    with warnings.catch_warnings():
-        # pytest-benchmark 5.2 opens --benchmark-json each time the options are parsed.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
-    return outcome
+    return pytester.runpytest_inprocess(*PLUGIN, "--device", "cpu", *args)
 
 
 def result(pytester: pytest.Pytester, name: str = "out.json") -> dict[str, Any]:
