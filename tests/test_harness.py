@@ -161,6 +161,25 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter() -> None:
     assert saved_bytes(forward) == expected + weight.nbytes
 
 
+def test_saved_bytes_leaves_out_what_is_gone_before_backward() -> None:
+    x = torch.randn(8, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        x.exp()  # Saves its output, in a graph that nothing holds.
+        return x.sigmoid()
+
+    assert saved_bytes(forward) == x.nbytes
+
+
+def test_backward_works_on_what_was_counted() -> None:
+    x = torch.randn(8, requires_grad=True)
+    results: list[torch.Tensor] = []
+    saved_bytes(lambda: results.append(x.exp().sum()))
+    results[0].backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, x.detach().exp())
+
+
 def test_saved_bytes_frees_the_graph() -> None:
     """A node that saves its own output (exp) once kept itself alive and the whole model with it."""
     x = torch.randn(8, requires_grad=True)

@@ -59,7 +59,7 @@ def result(pytester: pytest.Pytester, name: str = "out.json") -> dict[str, Any]:
 
 
 def test_rows_and_json(suite: pytest.Pytester) -> None:
-    outcome = run(suite, "--benchmark-json=out.json", "-rs")
+    outcome = run(suite, f"--benchmark-json={suite.path / 'out.json'}", "-rs")
     outcome.assert_outcomes(passed=1, skipped=2, failed=2)
     outcome.stdout.fnmatch_lines(["*study*fine*ms*3 rounds*", "*study*OOM: ran out of memory*"])
     data = result(suite)

@@ -24,7 +24,7 @@ def scaled_dot_prod_attention(
         scores = scores.masked_fill(~mask, float("-inf"))
     # The maximum cancels, so it takes no gradient. Letting autograd through it is wrong under
     # torch.compile in bf16: the fused backward recomputes the scores unrounded, finds none equal
-    # to the maximum, divides by 0.
-    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True).detach())
+    # to the maximum, and divides by 0.
+    weights = torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True))
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights.to(v.dtype) @ v

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,29 +41,39 @@ def peak_bytes(device: torch.device, closure: Callable[[], object]) -> int | Non
 
 
 def saved_bytes(closure: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
-    """Run `closure` once and return the bytes that autograd keeps for backward.
+    """Run `closure` once and return the bytes that autograd keeps for its result's backward pass.
 
-    Each storage counts once, those of `exclude` (a model's parameters: there anyway) not at all.
+    Each storage counts once. Storages of `exclude` (a model's parameters: there anyway) do not
+    count, nor does what a part of the graph saved that is gone before `closure` returns.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: list[weakref.ref[_Saved]] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            # Holding the storage keeps its address from being handed out again.
-            kept[storage.data_ptr()] = storage
-        # Packed as it is, a node's own output would lead back to the node: a cycle never freed.
-        return tensor.detach()
+    def pack(tensor: torch.Tensor) -> _Saved:
+        box = _Saved(tensor)
+        saved.append(weakref.ref(box))
+        return box
 
-    def unpack(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.unpack):
         result = closure()
-    total = sum(storage.nbytes() for storage in kept.values())
-    del result
-    return total
+    alive = [box.tensor.untyped_storage() for ref in saved if (box := ref()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+    del result, alive
+    return sum(size for address, size in sizes.items() if address not in known)
+
+
+class _Saved:
+    """Holds a saved tensor for as long as the graph does.
+
+    Without its graph (detached): a node's own output would lead back to the node, a cycle
+    through C++ that nothing collects.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+
+    def unpack(self) -> torch.Tensor:
+        return self.tensor
 
 
 def is_out_of_memory(error: BaseException) -> bool:

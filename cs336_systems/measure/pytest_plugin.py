@@ -324,8 +324,9 @@ class Session:
 
     def _json_path(self) -> Path | None:
         output = self._config.getoption("benchmark_json", None)
-        # pytest-benchmark 5.2 opens the file as it reads the option, 5.3 keeps the path.
-        return None if output is None else Path(getattr(output, "name", output))
+        if output is None or isinstance(output, (str, os.PathLike)):
+            return None if output is None else Path(output)
+        return Path(output.name)  # pytest-benchmark 5.2 opens the file as it reads the option.
 
 
 def machine_differences(base: dict[str, Any], head: dict[str, Any]) -> list[str]:
