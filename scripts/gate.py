@@ -196,6 +196,11 @@ class Gate:
         done = self.measure(tree, json_path, cases)
         if side == "base" and not cases and done.status in BASE_LACKS_BENCHMARKS:
             raise NothingToGateError(BASE_LACKS_BENCHMARKS[done.status])
+        if done.status != 0 and side == "base" and not self.files["base"]:
+            # A broken base must not keep out the change that mends it, if that is what this is.
+            self._measure_once("head", cases, "after the base failed")
+            say(done.tail())
+            raise NothingToGateError(f"its run ended with status {done.status}, HEAD's passed")
         if done.status != 0:
             raise GateError(
                 f"gate: measuring {side} ended with status {done.status}\n{done.tail()}"

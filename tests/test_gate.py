@@ -126,6 +126,23 @@ def test_base_that_cannot_be_measured_passes(
     assert re.fullmatch(r"gate: base \w{12} cannot be measured \(.+\): nothing to gate", last)
 
 
+@pytest.mark.parametrize("status", [1, 3])
+def test_broken_base_does_not_keep_out_a_head_that_runs(
+    two_commits: Repository, status: int, capsys: Said
+) -> None:
+    fakes = Fakes(statuses={"base": status})
+    assert run_gate(two_commits, fakes) == 0
+    assert fakes.order() == "bh"
+    said = capsys.readouterr().out
+    assert "last line" in said, "the base's own words are shown"
+    assert f"(its run ended with status {status}, HEAD's passed): nothing to gate" in said
+
+
+def test_base_and_head_that_both_fail_are_an_error(two_commits: Repository) -> None:
+    with pytest.raises(GateError, match="gate: measuring head ended with status 1"):
+        run_gate(two_commits, Fakes(statuses={"base": 1, "head": 1}))
+
+
 def test_base_without_benchmarks_is_not_run(tmp_path: Path, capsys: Said) -> None:
     repo = Repository(tmp_path / "repo")
     repo.commit("one")
@@ -136,9 +153,7 @@ def test_base_without_benchmarks_is_not_run(tmp_path: Path, capsys: Said) -> Non
     assert "(it has no benchmarks/)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("side", "status"), [("base", 1), ("base", 3), ("head", 1), ("head", 4), ("head", 5)]
-)
+@pytest.mark.parametrize(("side", "status"), [("head", 1), ("head", 4), ("head", 5)])
 def test_other_failures_are_errors_with_the_tail(
     two_commits: Repository, side: str, status: int
 ) -> None:
