@@ -127,6 +127,9 @@ def generic_plots(index: Sequence[str], rows: Sequence[Row]) -> tuple[Plot, ...]
 
 
 def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) -> list[Row]:
+    # A timed case without the measure, such as the share of peak of a pass that multiplies
+    # nothing, has no place in the picture; one without a time is marked there.
+    rows = [row for row in rows if row["status"] != "ok" or row.get(plot.y) is not None]
     if plot.fullest is not None and plot.fullest in index:
         best = fullest(plot.fullest, plot.x, rows)
         rows = [row for row in rows if row.get(plot.fullest) == best]
