@@ -266,7 +266,7 @@ class Session:
         # A measured case has printed a line of its own; a dot between the lines would be noise.
         if getattr(report, "cs336_measured", False) and not report.failed:
             counted = report.when == "call" or report.skipped
-            return (report.outcome if counted else ""), "", ""
+            return (report.outcome, "", report.outcome.upper()) if counted else ("", "", "")
         return None
 
     @pytest.hookimpl(optionalhook=True)
