@@ -69,6 +69,9 @@ class Flag(NamedTuple):
 SLOWER = "regression"
 """The kind of objection that a busy machine can cause, and a second look can take back."""
 
+FURTHER_LOOKS = 2
+"""A neighbour's burst of work outlasts one look at a case; a real slow-down outlasts any number."""
+
 Measure = Callable[[Path, Path, Sequence[str]], Done]
 """(tree, JSON to write, pytest ids or none for all) -> how pytest ended."""
 Compare = Callable[[Sequence[Path], Sequence[Path], Mapping[str, str]], list[Flag]]
@@ -115,7 +118,7 @@ def run_in(tree: Path, command: Sequence[str]) -> Done:
 
 def measure_with_pytest(tree: Path, json_path: Path, cases: Sequence[str]) -> Done:
     """Measure a tree's gate cases, or only the named ones."""
-    options = ["--gate", "-p", "no:xdist", "-q", f"--benchmark-json={json_path}"]
+    options = ["--gate", "--rounds=20", "-p", "no:xdist", "-q", f"--benchmark-json={json_path}"]
     return run_in(tree, ["-m", "pytest", *(cases or ["benchmarks/"]), *options])
 
 
@@ -165,14 +168,16 @@ class Gate:
     files: dict[str, list[Path]] = field(default_factory=lambda: {"base": [], "head": []})
 
     def run(self) -> list[Flag]:
-        """Return what the comparison still objects to after a second look.
+        """Return what the comparison still objects to after further looks.
 
         Raises: NothingToGateError when the base has no such benchmarks, else GateError.
         """
         self._measure_in_turns(())
         flags = self._compare()
-        slower = sorted({flag.fullname for flag in flags if flag.kind == SLOWER})
-        if slower:
+        for _ in range(FURTHER_LOOKS):
+            slower = sorted({flag.fullname for flag in flags if flag.kind == SLOWER})
+            if not slower:
+                break
             say(f"gate: measuring again what looks slower: {', '.join(slower)}")
             self._measure_in_turns(slower)
             flags = self._compare()

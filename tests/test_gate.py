@@ -102,8 +102,16 @@ def test_slower_case_is_measured_again_and_pooled(two_commits: Repository, capsy
     assert "gate: passed" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_second_look_may_be_as_unlucky_as_the_first(two_commits: Repository) -> None:
+    fakes = Fakes([SLOW], [SLOW], [])
+    assert run_gate(two_commits, fakes, repeats=1) == 0
+    assert fakes.order() == "bh" * 3
+
+
 def test_case_that_stays_slower_fails(two_commits: Repository, capsys: Said) -> None:
-    assert run_gate(two_commits, Fakes([SLOW, COUNT], [SLOW, COUNT]), repeats=1) == 1
+    fakes = Fakes(*[[SLOW, COUNT]] * 3)
+    assert run_gate(two_commits, fakes, repeats=1) == 1
+    assert fakes.order() == "bh" * 3
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("gate: FAILED")
     assert last.endswith("study[n=1] (regression), study[n=2] (counts)")
@@ -202,6 +210,7 @@ from pathlib import Path
 
 def pytest_addoption(parser):
     parser.addoption("--gate", action="store_true")
+    parser.addoption("--rounds", type=int)
     parser.addoption("--benchmark-json")
 
 def pytest_sessionfinish(session):
