@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from cases import DTYPES, Selection
+from cases import DTYPES, Selection, refuse_unmet
 
 from cs336_systems.accounting import attention_flops
 from cs336_systems.attention import ATTENTION
@@ -15,7 +15,7 @@ from cs336_systems.attention.reference import reference_attention
 from cs336_systems.measure.memory import saved_bytes
 from cs336_systems.measure.pytest_plugin import GpuBenchmark
 from cs336_systems.measure.record import Case
-from cs336_systems.measure.workload import NotMeasured, Workload
+from cs336_systems.measure.workload import Workload
 
 BATCH_SIZE = 8
 ROUNDS = 100
@@ -60,9 +60,7 @@ def bench_attention_grid(
     )
 
     def build() -> Workload:
-        unmet = ATTENTION[attention].unmet(device=chosen.device.type, dtype=dtype)
-        if unmet is not None:
-            raise NotMeasured(unmet.status, f"{attention}: {unmet.reason}")
+        refuse_unmet(attention, chosen.device, dtype)
         shape = (BATCH_SIZE, seq, head_dim)
         return AttentionBench(attention, shape, DTYPES[dtype], chosen.device).workload(which)
 

@@ -15,6 +15,7 @@ from cs336_systems.attention import ATTENTION, DEFAULT_ATTENTION
 from cs336_systems.config import PRESETS
 from cs336_systems.errors import UsageError, bad, unknown
 from cs336_systems.measure.pytest_plugin import session_of
+from cs336_systems.measure.workload import NotMeasured
 from cs336_systems.model import COMPILE_MODES
 from cs336_systems.table import has_compiler
 
@@ -47,6 +48,13 @@ class Selection:
     smoke: bool
     gate: bool
     nvtx: bool
+
+
+def refuse_unmet(attention: str, device: torch.device, dtype: str) -> None:
+    """Raise NotMeasured when an attention row cannot run here."""
+    unmet = ATTENTION[attention].unmet(device=device.type, dtype=dtype)
+    if unmet is not None:
+        raise NotMeasured(unmet.status, f"{attention}: {unmet.reason}")
 
 
 def add_options(parser: pytest.Parser) -> None:

@@ -10,11 +10,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from cases import refuse_unmet
 from cs336_basics.nn_utils import cross_entropy, softmax
 from cs336_basics.optimizer import AdamW
 
 from cs336_systems.accounting import least_bytes, pass_flops
-from cs336_systems.attention import ATTENTION, DEFAULT_ATTENTION
+from cs336_systems.attention import DEFAULT_ATTENTION
 from cs336_systems.config import preset
 from cs336_systems.measure.counts import count_operators
 from cs336_systems.measure.memory import available_bytes, gib, saved_bytes
@@ -82,10 +83,7 @@ class ModelCase:
 
     def refuse_what_is_missing(self) -> None:
         """Raise NotMeasured when the attention row cannot run here."""
-        dtype = "bf16" if self.precision == "bf16" else "fp32"
-        unmet = ATTENTION[self.attention].unmet(device=self.device.type, dtype=dtype)
-        if unmet is not None:
-            raise NotMeasured(unmet.status, f"{self.attention}: {unmet.reason}")
+        refuse_unmet(self.attention, self.device, "bf16" if self.precision == "bf16" else "fp32")
 
 
 class ModelBench:
@@ -205,9 +203,9 @@ class ModelBench:
         counted: bool,
     ) -> dict[str, int]:
         counts = {}
-        if setup is not None:
-            setup()
         if counted:
+            if setup is not None:
+                setup()
             counts.update(count_operators(self.case.device, step))
         if which == "forward_backward" and self.case.compile_mode == "eager":
             counts["saved_bytes"] = saved_bytes(self._forward, self.model.parameters())
