@@ -16,10 +16,9 @@ class Repeats:
 
     rows: Sequence[Row]
 
-    def best(self, metric: str) -> float | None:
-        """Return the least of the files' times: neighbours on a machine only ever add."""
-        times = [row[f"{metric}_ms"] for row in self.rows if row[f"{metric}_ms"] is not None]
-        return min(times, default=None)
+    def times(self, metric: str) -> list[float]:
+        """Return the time in each file that has one."""
+        return [row[f"{metric}_ms"] for row in self.rows if row[f"{metric}_ms"] is not None]
 
     @property
     def status(self) -> str:
