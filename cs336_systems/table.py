@@ -34,7 +34,8 @@ class Entry:
     summary: str
     """One line for lists and reports."""
     needs: tuple[str, ...] = ()
-    """`cuda`, `sm_NN` (at least), `compiler` (a C++ compiler for torch.compile), `package:NAME`."""
+    """`cuda`, `sm_NN` (at least), `triton` (a CUDA device or Triton's interpreter), `compiler` (a
+    C++ compiler for torch.compile), `package:NAME`."""
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     """Element types it accepts."""
     peer: bool = False
@@ -52,7 +53,7 @@ class Entry:
         """Return why this row cannot run on `device` (`cpu` or `cuda`) with `dtype`; None if it
         can."""
         for need in self.needs:
-            if (missing := _unmet(need, device)) is not None:
+            if (missing := _unmet(need, device, dtype)) is not None:
                 return missing
         if dtype is not None and dtype not in self.dtypes:
             return Unmet("skipped", f"takes {' and '.join(self.dtypes)}, not {dtype}")
@@ -86,7 +87,12 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++"))
 
 
-def _unmet(need: str, device: str) -> Unmet | None:
+def interpreting() -> bool:
+    """Tell whether Triton kernels run in its interpreter, on the CPU; fixed as they are imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _unmet(need: str, device: str, dtype: str | None) -> Unmet | None:
     kind, _, name = need.partition(":")
     if kind == "package":
         if _importable(name):
@@ -96,12 +102,25 @@ def _unmet(need: str, device: str) -> Unmet | None:
         return (
             None if has_compiler() else Unmet("skipped", "needs a C++ compiler, found none on PATH")
         )
+    if need == "triton":
+        return None if device == "cuda" else _unmet_by_interpreter(device, dtype)
     if device != "cuda":
         return Unmet("skipped", f"needs a CUDA device, runs on {device} here")
     if need.startswith("sm_"):
         return _unmet_capability(int(need.removeprefix("sm_")))
     if need != "cuda":
-        raise unknown("Entry", "needs", ("cuda", "sm_NN", "compiler", "package:NAME"), need)
+        raise unknown(
+            "Entry", "needs", ("cuda", "sm_NN", "triton", "compiler", "package:NAME"), need
+        )
+    return None
+
+
+def _unmet_by_interpreter(device: str, dtype: str | None) -> Unmet | None:
+    if not interpreting():
+        return Unmet("skipped", f"needs a CUDA device, or TRITON_INTERPRET=1 to run on {device}")
+    if dtype == "bf16":
+        reason = "bf16 needs a CUDA device: Triton's interpreter computes it on raw bits"
+        return Unmet("skipped", reason)
     return None
 
 

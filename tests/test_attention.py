@@ -153,6 +153,22 @@ def test_causal_mask_is_aligned_at_the_top_left() -> None:
             lambda q, k, v: (q, k[:1], v),
             "attention: key must have leading dimensions (2,), got (1, 6, 4)",
         ),
+        (
+            lambda q, k, v: (q.new_zeros(3, 4, 5, 4), k[:, None], v[:, None]),
+            "attention: key must have leading dimensions (3,), got (2, 1, 6, 4)",
+        ),
+        (
+            lambda q, k, v: (q.repeat(2, 2, 1)[None], k.repeat(2, 1, 1)[None, :3], v[None]),
+            "attention: key must have a number of heads that divides the query's 4, got 3",
+        ),
+        (
+            lambda q, k, v: (q.repeat(2, 1, 1)[None], k[None], v.repeat(2, 1, 1)[None]),
+            "attention: value must have 2 heads as key has, got 4",
+        ),
+        (
+            lambda q, k, v: (q.long(), k.long(), v.long()),
+            "attention: query must have a floating-point dtype, got torch.int64",
+        ),
         (lambda q, k, v: (q, k.double(), v), "attention: key must have dtype torch.float32, got"),
         (lambda q, k, v: (q, k, v.to("meta")), "attention: value must be on cpu, got 'meta'"),
         (lambda q, k, v: (q[0, 0], k, v), "attention: query must have at least 2 dimensions"),

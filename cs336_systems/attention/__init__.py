@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cs336_systems.errors import bad
+from cs336_systems.attention.arguments import check_arguments
 from cs336_systems.table import Entry, Table
 
 _HERE = "cs336_systems.attention"
@@ -51,6 +51,13 @@ ATTENTION = Table(
             dtypes=_HALF,
             peer=True,
         ),
+        "sdpa_flash": Entry(
+            target=f"{_HERE}.peers:sdpa_flash",
+            summary="torch's scaled_dot_product_attention held to FlashAttention-2",
+            needs=("cuda", "sm_80"),
+            dtypes=_HALF,
+            peer=True,
+        ),
         "flex": Entry(
             target=f"{_HERE}.peers:flex",
             summary="torch's FlexAttention, compiled, with a causal block mask",
@@ -81,7 +88,8 @@ def attention(
 ) -> Tensor:
     """Return softmax(scale * q k^T + mask) v by the table's row `kind`.
 
-    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> q's shape.
+    Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> q's shape; with
+    (..., heads, seq, head_dim), k and v may have fewer heads, each serving a group of q's.
     `scale` is 1 / sqrt(head_dim) when None.
     Raises: UsageError for an unknown row or arguments that do not fit one another.
     """
@@ -92,27 +100,3 @@ def attention(
 def load_attention(kind: str) -> Callable[..., Any]:
     """Return the function of row `kind`."""
     return ATTENTION[kind].load()
-
-
-def check_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise the UsageError that names what does not fit between q, k and v."""
-    if q.dim() < 2:
-        raise bad(
-            "attention", "query", "have at least 2 dimensions (seq, head_dim)", tuple(q.shape)
-        )
-    for name, tensor in (("key", k), ("value", v)):
-        if tensor.dim() != q.dim() or tensor.shape[:-2] != q.shape[:-2]:
-            raise bad(
-                "attention",
-                name,
-                f"have leading dimensions {tuple(q.shape[:-2])}",
-                tuple(tensor.shape),
-            )
-        if tensor.dtype != q.dtype:
-            raise bad("attention", name, f"have dtype {q.dtype}", tensor.dtype)
-        if tensor.device != q.device:
-            raise bad("attention", name, f"be on {q.device}", str(tensor.device))
-        if tensor.shape[-1] != q.shape[-1]:
-            raise bad("attention", name, f"have head dim {q.shape[-1]}", tensor.shape[-1])
-    if v.shape[-2] != k.shape[-2]:
-        raise bad("attention", "value", f"have {k.shape[-2]} keys", v.shape[-2])

@@ -14,9 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """Run torch's fused attention; torch picks the backend (FlashAttention-2 for half types on
-    a GPU)."""
-    return _as_heads(F.scaled_dot_product_attention, q, k, v, is_causal=is_causal, scale=scale)
+    """Run torch's fused attention; torch picks the backend."""
+    return _sdpa(q, k, v, is_causal=is_causal, scale=scale)
 
 
 def sdpa_cudnn(
@@ -24,7 +23,15 @@ def sdpa_cudnn(
 ) -> Tensor:
     """Run cuDNN's fused attention through torch."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _as_heads(F.scaled_dot_product_attention, q, k, v, is_causal=is_causal, scale=scale)
+        return _sdpa(q, k, v, is_causal=is_causal, scale=scale)
+
+
+def sdpa_flash(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Run FlashAttention-2 through torch."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q, k, v, is_causal=is_causal, scale=scale)
 
 
 def flex(
@@ -32,7 +39,8 @@ def flex(
 ) -> Tensor:
     """Run torch's FlexAttention, compiled; causal tiles come from a cached block mask."""
     mask = _block_mask(q.shape[-2], k.shape[-2], q.device) if is_causal else None
-    return _as_heads(_flex_compiled(), q, k, v, block_mask=mask, scale=scale)
+    grouped = q.dim() > 3 and q.shape[-3] != k.shape[-3]
+    return _as_heads(_flex_compiled(), q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def flash_attn_4(
@@ -53,6 +61,12 @@ def flash_attn_4(
         return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
     return _as_heads(run, q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | None) -> Tensor:
+    grouped = q.dim() > 3 and q.shape[-3] != k.shape[-3]
+    options = {"is_causal": is_causal, "scale": scale, "enable_gqa": grouped}
+    return _as_heads(F.scaled_dot_product_attention, q, k, v, **options)
 
 
 def _as_heads(function: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from cs336_systems.attention.arguments import repeat_heads, scale_or_default
 from cs336_systems.attention.masks import causal_mask
 
 
@@ -17,7 +16,8 @@ def scaled_dot_prod_attention(
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = scale_or_default(scale, q.shape[-1])
+    k, v = repeat_heads(q, k, v)
     scores = (q @ k.transpose(-2, -1)) * scale
     if is_causal:
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)

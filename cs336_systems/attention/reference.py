@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cs336_systems.attention.arguments import repeat_heads, scale_or_default
 from cs336_systems.attention.masks import causal_mask
 
 
@@ -28,10 +28,11 @@ def reference_attention(
 
     A row that sees no key gives O = 0 and L = -inf.
     Shapes: q (..., num_queries, head_dim), k and v (..., num_keys, head_dim) -> O like q,
-        L (..., num_queries).
+        L (..., num_queries). Grouped heads as in `check_arguments`.
     """
     q, k, v = (tensor.double() for tensor in (q, k, v))
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = scale_or_default(scale, q.shape[-1])
+    k, v = repeat_heads(q, k, v)
     scores = q @ k.transpose(-2, -1) * scale
     if is_causal:
         mask = causal_mask(q.shape[-2], k.shape[-2], q.device)

@@ -7,11 +7,10 @@ textbook's six.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from cs336_systems.attention.arguments import repeat_heads, scale_or_default
 from cs336_systems.attention.masks import causal_mask
 
 
@@ -19,7 +18,8 @@ def vectorized_torch(
     q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
     """Return softmax(scale * q k^T + mask) v with one batched product, one softmax, one product."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = scale_or_default(scale, q.shape[-1])
+    k, v = repeat_heads(q, k, v)
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     q3, k3, v3 = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v))
     if is_causal:
