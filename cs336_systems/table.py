@@ -88,7 +88,7 @@ def has_compiler() -> bool:
 
 
 def interpreting() -> bool:
-    """Tell whether Triton kernels run in its interpreter on the CPU; fixed when they are imported."""
+    """Tell whether Triton kernels run in its interpreter on a CPU; fixed at their import."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
