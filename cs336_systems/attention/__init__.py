@@ -39,6 +39,11 @@ ATTENTION = Table(
             summary="the vectorised formula under torch.compile",
             needs=("compiler",),
         ),
+        "flash_attention_triton": Entry(
+            target=f"{_HERE}.flash_triton:flash_attention_triton",
+            summary="FlashAttention-2 as Triton kernels, forward and backward",
+            needs=("triton",),
+        ),
         "sdpa": Entry(
             target=f"{_HERE}.peers:sdpa",
             summary="torch's scaled_dot_product_attention, backend of torch's choice",

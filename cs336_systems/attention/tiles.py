@@ -1,0 +1,183 @@
+"""Which tile each Triton attention kernel works on: an explicit table, with its measured reasons.
+
+Keyed by architecture, dtype and head dimension. Times are of one H200; for other architectures the
+tiles are those that compile to the fewest spilled registers (`compile_only` shows them) and fit the
+99 KiB of shared memory that the smallest GPU of the kind has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+ROWS_MULTIPLE = 128
+"""What every `block_m` divides, so that the dQ buffer has no partial tile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How one kernel is compiled."""
+
+    block_m: int
+    """Queries in a tile."""
+    block_n: int
+    """Keys in a tile."""
+    num_warps: int
+    num_stages: int
+    """How many loads ahead the compiler pipelines."""
+    tma: bool = False
+    """Let the tensor memory accelerator load; needs sm_90 and strides of whole 16 bytes."""
+    spilled_bytes: int = 0
+    """What of a thread's registers goes to local memory: 0 wherever a tile without was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """The tiles of all kernels for one kind of input."""
+
+    forward: Tile
+    long_forward: Tile | None = None
+    """For more keys than LONG."""
+    one_pass: Tile | None = None
+    """dQ, dK and dV together; None where two passes are faster, or one would spill."""
+    keys: Tile
+    """dK and dV of two passes."""
+    queries: Tile
+    """dQ of two passes."""
+
+    def forward_for(self, num_keys: int) -> Tile:
+        """Return the forward pass's tile for so many keys."""
+        return self.long_forward if self.long_forward and num_keys > LONG else self.forward
+
+
+LONG = 16384
+"""Above it K and V of all the heads at work no longer come from L2: fewer, larger tiles pay."""
+
+
+def _tile(m: int, n: int, warps: int, stages: int, *, tma: bool = False, spilled: int = 0) -> Tile:
+    return Tile(
+        block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, spilled_bytes=spilled
+    )
+
+
+def _tma(m: int, n: int, warps: int, stages: int, *, spilled: int = 0) -> Tile:
+    return _tile(m, n, warps, stages, tma=True, spilled=spilled)
+
+
+# By the padded head dim. Few queries to a tile and one warp group each: three programs share a
+# multiprocessor, and one's softmax runs under another's products.
+_HOPPER_HALF = {
+    32: Tiles(
+        forward=_tma(64, 64, 4, 3),
+        one_pass=_tma(64, 64, 4, 3),
+        keys=_tma(64, 64, 4, 2),
+        queries=_tma(64, 64, 4, 2),
+    ),
+    64: Tiles(
+        # B1 H16 S16384 causal: 1.12 ms; 64x64 1.19, 128x128 with 8 warps 1.35.
+        forward=_tma(64, 128, 4, 2),
+        # 3.45 ms; 32x64 3.67, 128x128 with 8 warps 3.76, the same without TMA 4.1 and more.
+        one_pass=_tma(64, 64, 4, 3),
+        keys=_tma(32, 64, 4, 2),
+        queries=_tma(64, 64, 4, 2),
+    ),
+    128: Tiles(
+        # 1.99 ms; 128x128 with 8 warps 2.08. At B1 H32 S32768 it is 17.5 against 16.7 ms.
+        forward=_tma(64, 64, 4, 3),
+        long_forward=_tma(128, 128, 8, 3),
+        # 6.46 ms; 64x128 with 8 warps and without TMA 6.59, with it 8.0: it spills.
+        one_pass=_tma(32, 64, 4, 3),
+        keys=_tma(64, 64, 4, 2),
+        queries=_tma(64, 64, 4, 2),
+    ),
+    256: Tiles(
+        # B4 H16 S4096 causal: 1.06 ms; 64x64 1.14. One pass backward: 7.4 ms and spills.
+        forward=_tma(128, 64, 8, 2),
+        keys=_tma(16, 64, 8, 2),
+        queries=_tma(64, 64, 8, 2),
+    ),
+}
+# Each fp32 product is six bf16 ones, whose operands take three times the registers.
+_HOPPER_SINGLE = {
+    32: Tiles(forward=_tma(128, 64, 8, 3), keys=_tma(32, 64, 4, 2), queries=_tma(64, 32, 4, 2)),
+    64: Tiles(
+        # B1 H16 S4096 causal: 0.54 ms; 64x64 0.57.
+        forward=_tma(128, 64, 8, 3),
+        # 1.25 and 0.82 ms; in one pass 2.04.
+        keys=_tma(32, 128, 8, 2),
+        queries=_tma(64, 32, 4, 2),
+    ),
+    128: Tiles(
+        forward=_tma(64, 32, 4, 2, spilled=32),
+        keys=_tile(16, 64, 8, 2, spilled=88),
+        queries=_tile(64, 16, 8, 2),
+    ),
+    256: Tiles(
+        forward=_tile(64, 16, 8, 1, spilled=2000),
+        keys=_tile(16, 16, 8, 1, spilled=2000),
+        queries=_tile(16, 16, 8, 1, spilled=2000),
+    ),
+}
+_PORTABLE_HALF = {
+    32: Tiles(
+        forward=_tile(64, 64, 4, 3),
+        one_pass=_tile(64, 64, 4, 3),
+        keys=_tile(64, 64, 4, 2),
+        queries=_tile(64, 64, 4, 2),
+    ),
+    64: Tiles(
+        forward=_tile(64, 64, 4, 3),
+        one_pass=_tile(32, 64, 4, 2),
+        keys=_tile(32, 64, 4, 2),
+        queries=_tile(64, 32, 4, 2),
+    ),
+    128: Tiles(
+        forward=_tile(64, 64, 4, 3),
+        keys=_tile(64, 64, 8, 2),
+        queries=_tile(64, 64, 8, 2),
+    ),
+    256: Tiles(
+        forward=_tile(64, 32, 8, 2),
+        keys=_tile(32, 32, 4, 2),
+        queries=_tile(32, 32, 4, 2),
+    ),
+}
+_PORTABLE_SINGLE = {
+    32: Tiles(forward=_tile(32, 32, 4, 2), keys=_tile(32, 32, 4, 2), queries=_tile(32, 32, 4, 2)),
+    64: Tiles(forward=_tile(32, 32, 4, 2), keys=_tile(16, 32, 4, 2), queries=_tile(32, 32, 4, 2)),
+    128: Tiles(
+        forward=_tile(32, 16, 4, 2, spilled=2000),
+        keys=_tile(16, 32, 4, 1, spilled=2000),
+        queries=_tile(32, 16, 4, 1, spilled=2000),
+    ),
+    256: Tiles(
+        forward=_tile(16, 16, 4, 1, spilled=2000),
+        keys=_tile(16, 16, 4, 1, spilled=2000),
+        queries=_tile(16, 16, 4, 1, spilled=2000),
+    ),
+}
+
+
+def tiles_for(q: Tensor) -> Tiles:
+    """Return the tiles for (batch, heads, queries, head_dim) inputs like `q`."""
+    pad = max(16, 1 << (q.shape[3] - 1).bit_length())
+    return choose(_architecture(q.device), q.dtype, pad)
+
+
+def choose(architecture: int, dtype: torch.dtype, head_pad: int) -> Tiles:
+    """Return the table's tiles for sm_NN."""
+    # Consumer GPUs of the Blackwell kind (sm_120) have an older kind's shared memory.
+    roomy = 90 <= architecture < 120
+    half, single = (_HOPPER_HALF, _HOPPER_SINGLE) if roomy else (_PORTABLE_HALF, _PORTABLE_SINGLE)
+    return (single if dtype == torch.float32 else half)[max(32, head_pad)]
+
+
+@cache
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

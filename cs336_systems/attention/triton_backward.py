@@ -1,0 +1,447 @@
+"""FlashAttention-2's backward pass in portable Triton, from L and D = rowsum(dO * O).
+
+Two ways. In one pass, each program owns a tile of keys, computes P once, and adds its share of dQ
+to an fp32 buffer with atomic additions: five products, in an order that differs from run to run.
+In two passes, a second kernel owns tiles of queries and computes P again: seven products, bitwise
+repeatable.
+
+The tile of keys comes first in every product (S^T, P^T, dP^T, dS^T), so that P^T and dS^T are left
+operands straight from registers.
+
+Source: Dao 2023 (FlashAttention-2), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cs336_systems.attention.triton_common import (
+    LOG2_E,
+    head_of,
+    load_tile,
+    locate,
+    store_tile,
+    tile_pointers,
+)
+
+
+@triton.jit
+def preprocess_kernel(
+    o_ptr,
+    do_ptr,
+    delta_ptr,
+    dq_sum_ptr,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_dob,
+    stride_doh,
+    stride_dom,
+    num_heads,
+    num_queries,
+    num_queries_padded,
+    num_tiles,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CLEAR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Compute D of BLOCK_M queries; CLEAR sets their rows of the dQ buffer to 0."""
+    pid = tl.program_id(0)
+    batch_head, row0 = pid // num_tiles, pid % num_tiles * BLOCK_M
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    o_head = head_of(o_ptr, stride_ob, stride_oh, batch, head, False)
+    do_head = head_of(do_ptr, stride_dob, stride_doh, batch, head, False)
+    O = load_tile(  # noqa: E741
+        o_head, stride_om, batch, head, row0, num_queries,
+        BLOCK_M, HEAD_DIM, HEAD_PAD, True, False, WIDE,
+    )  # fmt: skip
+    dO = load_tile(
+        do_head, stride_dom, batch, head, row0, num_queries,
+        BLOCK_M, HEAD_DIM, HEAD_PAD, True, False, WIDE,
+    )  # fmt: skip
+    D = tl.sum(O.to(tl.float32) * dO.to(tl.float32), 1)
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    rows = batch_head.to(tl.int64) * num_queries + offs_m
+    tl.store(delta_ptr + rows, D, mask=offs_m < num_queries)
+    if CLEAR:
+        first = batch_head.to(tl.int64) * num_queries_padded + row0
+        clear = tile_pointers(dq_sum_ptr, HEAD_PAD, first, BLOCK_M, HEAD_PAD, False)
+        inside = (offs_m < num_queries_padded)[:, None]
+        tl.store(clear, tl.zeros((BLOCK_M, HEAD_PAD), tl.float32), mask=inside)
+
+
+@triton.jit
+def postprocess_kernel(
+    dq_sum_ptr,
+    dq_ptr,
+    stride_dqb,
+    stride_dqh,
+    stride_dqm,
+    num_heads,
+    num_queries,
+    num_queries_padded,
+    num_tiles,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Scale the dQ buffer and round it to the queries' dtype."""
+    pid = tl.program_id(0)
+    batch_head, row0 = pid // num_tiles, pid % num_tiles * BLOCK_M
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    first = batch_head.to(tl.int64) * num_queries_padded + row0
+    sums = tl.load(
+        tile_pointers(dq_sum_ptr, HEAD_PAD, first, BLOCK_M, HEAD_PAD, False),
+        mask=(row0 + tl.arange(0, BLOCK_M) < num_queries_padded)[:, None],
+    )
+    dq_head = head_of(dq_ptr, stride_dqb, stride_dqh, batch, head, False)
+    store_tile(
+        dq_head, stride_dqm, row0, num_queries, sums * scale, BLOCK_M, HEAD_DIM, HEAD_PAD, WIDE
+    )
+
+
+@triton.jit
+def keys_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse_ptr,
+    delta_ptr,
+    dq_sum,
+    dk_ptr,
+    dv_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_dob,
+    stride_doh,
+    stride_dom,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    num_kv_heads,
+    num_batch_heads,
+    num_queries,
+    num_queries_padded,
+    num_keys,
+    num_tiles,
+    section,
+    scale,
+    qk_scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ADD_DQ: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Compute dK and dV of BLOCK_N keys over all queries of their group; ADD_DQ: in one pass."""
+    tile, batch_head = locate(tl.program_id(0), num_tiles, num_batch_heads, section)
+    batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    row0 = tile * BLOCK_N
+    k = head_of(k, stride_kb, stride_kh, batch, kv_head, TMA)
+    v = head_of(v, stride_vb, stride_vh, batch, kv_head, TMA)
+    K = load_tile(
+        k, stride_kn, batch, kv_head, row0, num_keys,
+        BLOCK_N, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+    )  # fmt: skip
+    V = load_tile(
+        v, stride_vn, batch, kv_head, row0, num_keys,
+        BLOCK_N, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+    )  # fmt: skip
+    dK = tl.zeros((BLOCK_N, HEAD_PAD), tl.float32)
+    dV = tl.zeros((BLOCK_N, HEAD_PAD), tl.float32)
+
+    # Queries before `start` see none of these keys, queries from `unmasked` on see all of them.
+    start, unmasked = 0, 0
+    if CAUSAL:
+        start = row0 // BLOCK_M * BLOCK_M
+        unmasked = tl.cdiv(row0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+        unmasked = tl.maximum(start, tl.minimum(unmasked, num_queries))
+    if row0 + BLOCK_N > num_keys:  # Keys that do not exist must get no weight either.
+        unmasked = num_queries
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q_head = head_of(q, stride_qb, stride_qh, batch, head, TMA)
+        do_head = head_of(do, stride_dob, stride_doh, batch, head, TMA)
+        rows = (batch * num_kv_heads * GROUP + head).to(tl.int64)
+        lse_head, delta_head = lse_ptr + rows * num_queries, delta_ptr + rows * num_queries
+        dK, dV = _gather(
+            dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
+            q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
+            stride_qm, stride_dom, batch, head, row0, start, unmasked, num_queries, num_keys,
+            qk_scale,
+            HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, ADD_DQ, PRECISION, TMA, WIDE,
+        )  # fmt: skip
+        dK, dV = _gather(
+            dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
+            q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
+            stride_qm, stride_dom, batch, head, row0, unmasked, num_queries, num_queries, num_keys,
+            qk_scale,
+            HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, False, ADD_DQ, PRECISION, TMA, WIDE,
+        )  # fmt: skip
+
+    dk_head = head_of(dk_ptr, stride_dkb, stride_dkh, batch, kv_head, False)
+    dv_head = head_of(dv_ptr, stride_dvb, stride_dvh, batch, kv_head, False)
+    store_tile(dk_head, stride_dkn, row0, num_keys, dK * scale, BLOCK_N, HEAD_DIM, HEAD_PAD, WIDE)
+    store_tile(dv_head, stride_dvn, row0, num_keys, dV, BLOCK_N, HEAD_DIM, HEAD_PAD, WIDE)
+
+
+@triton.jit
+def _gather(
+    dK,
+    dV,
+    K,
+    V,
+    k,
+    v,
+    stride_kn,
+    stride_vn,
+    kv_head,
+    q,
+    do,
+    lse_ptr,
+    delta_ptr,
+    dq_sum,
+    dq_row0,
+    stride_qm,
+    stride_dom,
+    batch,
+    head,
+    row0,
+    start,
+    stop,
+    num_queries,
+    num_keys,
+    qk_scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    ADD_DQ: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add what queries start..stop contribute to dK and dV, and to dQ."""
+    SPLIT: tl.constexpr = PRECISION != "ieee"
+    offs_n = row0 + tl.arange(0, BLOCK_N)
+    for m0 in tl.range(start, stop, BLOCK_M, disable_licm=SPLIT):
+        offs_m = m0 + tl.arange(0, BLOCK_M)
+        if SPLIT:  # Three parts of each number in registers all along would spill.
+            K = load_tile(
+                k, stride_kn, batch, kv_head, row0, num_keys,
+                BLOCK_N, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+            )  # fmt: skip
+            V = load_tile(
+                v, stride_vn, batch, kv_head, row0, num_keys,
+                BLOCK_N, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+            )  # fmt: skip
+        Q = load_tile(
+            q, stride_qm, batch, head, m0, num_queries,
+            BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+        )  # fmt: skip
+        # A row that does not exist has L = inf, so P = 0.
+        L = tl.load(lse_ptr + offs_m, mask=offs_m < num_queries, other=float("inf"))
+        ST = tl.dot(K, Q.T, input_precision=PRECISION)
+        PT = tl.exp2(ST * qk_scale - (L * LOG2_E)[None, :])
+        if MASKED:
+            seen = (offs_n < num_keys)[:, None]
+            if CAUSAL:
+                seen = seen & (offs_m[None, :] >= offs_n[:, None])
+            PT = tl.where(seen, PT, 0.0)
+        dO = load_tile(
+            do, stride_dom, batch, head, m0, num_queries,
+            BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+        )  # fmt: skip
+        dPT = tl.dot(V, dO.T, input_precision=PRECISION)
+        dV = tl.dot(PT.to(dO.dtype), dO, dV, input_precision=PRECISION)
+        D = tl.load(delta_ptr + offs_m, mask=offs_m < num_queries, other=0.0)
+        dST = (PT * (dPT - D[None, :])).to(Q.dtype)
+        dK = tl.dot(dST, Q, dK, input_precision=PRECISION)
+        if ADD_DQ:
+            dQT = tl.dot(K.T, dST, input_precision=PRECISION)
+            if TMA:
+                dq_sum.atomic_add([(dq_row0 + m0).to(tl.int32), 0], dQT.T)
+            else:
+                sums = tile_pointers(dq_sum, HEAD_PAD, dq_row0 + m0, BLOCK_M, HEAD_PAD, False)
+                tl.atomic_add(sums, dQT.T, sem="relaxed")
+    return dK, dV
+
+
+@triton.jit
+def queries_kernel(
+    q,
+    k,
+    v,
+    do,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_dob,
+    stride_doh,
+    stride_dom,
+    stride_dqb,
+    stride_dqh,
+    stride_dqm,
+    num_heads,
+    num_batch_heads,
+    num_queries,
+    num_keys,
+    num_tiles,
+    section,
+    scale,
+    qk_scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Compute dQ of BLOCK_M queries: the second of two passes."""
+    tile, batch_head = locate(tl.program_id(0), num_tiles, num_batch_heads, section)
+    if CAUSAL:
+        tile = num_tiles - 1 - tile
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    kv_head = head // GROUP
+    k = head_of(k, stride_kb, stride_kh, batch, kv_head, TMA)
+    v = head_of(v, stride_vb, stride_vh, batch, kv_head, TMA)
+    row0 = tile * BLOCK_M
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    q = head_of(q, stride_qb, stride_qh, batch, head, TMA)
+    do = head_of(do, stride_dob, stride_doh, batch, head, TMA)
+    Q = load_tile(
+        q, stride_qm, batch, head, row0, num_queries,
+        BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+    )  # fmt: skip
+    dO = load_tile(
+        do, stride_dom, batch, head, row0, num_queries,
+        BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+    )  # fmt: skip
+    rows = batch_head.to(tl.int64) * num_queries + offs_m
+    L = tl.load(lse_ptr + rows, mask=offs_m < num_queries, other=float("inf")) * LOG2_E
+    D = tl.load(delta_ptr + rows, mask=offs_m < num_queries, other=0.0)
+    dQ = tl.zeros((BLOCK_M, HEAD_PAD), tl.float32)
+
+    unmasked = num_keys // BLOCK_N * BLOCK_N
+    visible = num_keys
+    if CAUSAL:
+        unmasked = tl.minimum(unmasked, (row0 + 1) // BLOCK_N * BLOCK_N)
+        visible = tl.minimum(num_keys, row0 + BLOCK_M)
+    dQ = _spread(
+        dQ, Q, dO, L, D, q, do, stride_qm, stride_dom, head, row0, num_queries,
+        k, v, stride_kn, stride_vn, batch, kv_head, 0, unmasked, num_keys, qk_scale,
+        HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, False, PRECISION, TMA, WIDE,
+    )  # fmt: skip
+    dQ = _spread(
+        dQ, Q, dO, L, D, q, do, stride_qm, stride_dom, head, row0, num_queries,
+        k, v, stride_kn, stride_vn, batch, kv_head, unmasked, visible, num_keys, qk_scale,
+        HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, PRECISION, TMA, WIDE,
+    )  # fmt: skip
+    dq_head = head_of(dq_ptr, stride_dqb, stride_dqh, batch, head, False)
+    store_tile(
+        dq_head, stride_dqm, row0, num_queries, dQ * scale, BLOCK_M, HEAD_DIM, HEAD_PAD, WIDE
+    )
+
+
+@triton.jit
+def _spread(
+    dQ,
+    Q,
+    dO,
+    L,
+    D,
+    q,
+    do,
+    stride_qm,
+    stride_dom,
+    head,
+    row0,
+    num_queries,
+    k,
+    v,
+    stride_kn,
+    stride_vn,
+    batch,
+    kv_head,
+    start,
+    stop,
+    num_keys,
+    qk_scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add what keys start..stop contribute to dQ."""
+    SPLIT: tl.constexpr = PRECISION != "ieee"
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    for n0 in tl.range(start, stop, BLOCK_N, disable_licm=SPLIT):
+        if SPLIT:  # As in _gather.
+            Q = load_tile(
+                q, stride_qm, batch, head, row0, num_queries,
+                BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+            )  # fmt: skip
+            dO = load_tile(
+                do, stride_dom, batch, head, row0, num_queries,
+                BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+            )  # fmt: skip
+        K = load_tile(
+            k, stride_kn, batch, kv_head, n0, num_keys,
+            BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, TMA, WIDE,
+        )  # fmt: skip
+        S = tl.dot(Q, K.T, input_precision=PRECISION)
+        P = tl.exp2(S * qk_scale - L[:, None])
+        if MASKED:
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            seen = (offs_n < num_keys)[None, :]
+            if CAUSAL:
+                seen = seen & (offs_m[:, None] >= offs_n[None, :])
+            P = tl.where(seen, P, 0.0)
+        V = load_tile(
+            v, stride_vn, batch, kv_head, n0, num_keys,
+            BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, TMA, WIDE,
+        )  # fmt: skip
+        dP = tl.dot(dO, V.T, input_precision=PRECISION)
+        dS = (P * (dP - D[:, None])).to(K.dtype)
+        dQ = tl.dot(dS, K, dQ, input_precision=PRECISION)
+    return dQ

@@ -1,0 +1,284 @@
+"""Launching the Triton attention kernels: views, strides, descriptors, grids.
+
+A `Launch` is a kernel with everything it is called with, so that the same arguments can be run,
+timed, or compiled for a GPU that is not here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cs336_systems.attention.tiles import Tile
+from cs336_systems.attention.triton_backward import (
+    keys_kernel,
+    postprocess_kernel,
+    preprocess_kernel,
+    queries_kernel,
+)
+from cs336_systems.attention.triton_forward import forward_kernel
+
+L2_BYTES = 32 * 2**20
+"""What a section of heads may read again and again; a little less than recent GPUs' L2."""
+PREPROCESS_ROWS = 64
+_WIDE = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One kernel, ready to go."""
+
+    kernel: Any
+    num_programs: int
+    arguments: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Queue the kernel."""
+        self.kernel[(self.num_programs,)](**self.arguments, **self.options)
+
+
+def as_4d(tensor: Tensor) -> Tensor:
+    """Return a view (batch, heads, rows, head_dim)."""
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() == 3:
+        return tensor.unsqueeze(1)
+    if tensor.dim() == 2:
+        return tensor[None, None]
+    return tensor.reshape(-1, *tensor.shape[-3:])
+
+
+def head_pad(head_dim: int) -> int:
+    """Return the columns of a tile; products take no fewer than 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def fits_tma(tensor: Tensor) -> bool:
+    """Tell whether a (batch, heads, rows, head_dim) tensor can be loaded by the accelerator."""
+    size = tensor.element_size()
+    strides = (s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1)
+    return tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides)
+
+
+def plan_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, causal: bool, scale: float,
+    precision: str, tile: Tile,
+) -> Launch:  # fmt: skip
+    """Return the launch that fills O and L; tensors are four-dimensional."""
+    batch, num_heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[2]
+    num_tiles = triton.cdiv(num_queries, tile.block_m)
+    tma = tile.tma and all(fits_tma(tensor) for tensor in (q, k, v))
+    pad = head_pad(head_dim)
+    sources = {
+        "q": _source(q, tile.block_m, pad, tma),
+        "k": _source(k, tile.block_n, pad, tma),
+        "v": _source(v, tile.block_n, pad, tma),
+    }
+    arguments = {
+        **sources,
+        "o_ptr": o,
+        "lse_ptr": lse,
+        **_strides(qm=q, kn=k, vn=v, om=o),
+        "num_heads": num_heads,
+        "num_batch_heads": batch * num_heads,
+        "num_queries": num_queries,
+        "num_keys": num_keys,
+        "num_tiles": num_tiles,
+        "section": _section(k, num_heads // k.shape[1]),
+        "qk_scale": abs(scale) * math.log2(math.e),
+        "GROUP": num_heads // k.shape[1],
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": pad,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "CAUSAL": causal,
+        "KEY_TAIL": num_keys % tile.block_n != 0,
+        "NEGATE": scale < 0,
+        "PRECISION": precision,
+        "TMA": tma,
+        "WIDE": _wide(tile, q, k, v, o),
+    }
+    return _launch(forward_kernel, num_tiles * batch * num_heads, arguments, tile)
+
+
+def plan_preprocess(
+    o: Tensor, do: Tensor, delta: Tensor, dq_sum: Tensor | None, num_rows: int
+) -> Launch:
+    """Return the launch that computes D and clears the dQ buffer of `num_rows` rows a head."""
+    batch, num_heads, num_queries, head_dim = o.shape
+    num_tiles = triton.cdiv(num_rows, PREPROCESS_ROWS)
+    tile = Tile(block_m=PREPROCESS_ROWS, block_n=16, num_warps=4, num_stages=1)
+    arguments = {
+        "o_ptr": o,
+        "do_ptr": do,
+        "delta_ptr": delta,
+        "dq_sum_ptr": delta if dq_sum is None else dq_sum,
+        **_strides(om=o, dom=do),
+        "num_heads": num_heads,
+        "num_queries": num_queries,
+        "num_queries_padded": num_rows,
+        "num_tiles": num_tiles,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": head_pad(head_dim),
+        "BLOCK_M": PREPROCESS_ROWS,
+        "CLEAR": dq_sum is not None,
+        "WIDE": _wide(tile, o, do),
+    }
+    return _launch(preprocess_kernel, num_tiles * batch * num_heads, arguments, tile)
+
+
+def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) -> Launch:
+    """Return the launch that rounds the dQ buffer into dQ."""
+    batch, num_heads, num_queries, head_dim = dq.shape
+    num_tiles = triton.cdiv(num_queries, PREPROCESS_ROWS)
+    tile = Tile(block_m=PREPROCESS_ROWS, block_n=16, num_warps=4, num_stages=1)
+    arguments = {
+        "dq_sum_ptr": dq_sum,
+        "dq_ptr": dq,
+        **_strides(dqm=dq),
+        "num_heads": num_heads,
+        "num_queries": num_queries,
+        "num_queries_padded": num_rows,
+        "num_tiles": num_tiles,
+        "scale": scale,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": head_pad(head_dim),
+        "BLOCK_M": PREPROCESS_ROWS,
+        "WIDE": _wide(tile, dq),
+    }
+    return _launch(postprocess_kernel, num_tiles * batch * num_heads, arguments, tile)
+
+
+def plan_keys(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor,
+    dq_sum: Tensor | None, dk: Tensor, dv: Tensor, *, num_rows: int, causal: bool, scale: float,
+    precision: str, tile: Tile,
+) -> Launch:  # fmt: skip
+    """Return the launch that computes dK and dV, and adds up dQ where there is a buffer for it."""
+    batch, num_heads, num_queries, head_dim = q.shape
+    num_kv_heads, num_keys = k.shape[1], k.shape[2]
+    num_tiles = triton.cdiv(num_keys, tile.block_n)
+    tma = tile.tma and all(fits_tma(tensor) for tensor in (q, k, v, do))
+    pad = head_pad(head_dim)
+    sums: Any = delta if dq_sum is None else dq_sum
+    if tma:
+        rows = batch * num_heads * num_rows
+        sums = TensorDescriptor(
+            sums, [rows if dq_sum is not None else 1, pad], [pad, 1], [tile.block_m, pad]
+        )
+    arguments = {
+        "q": _source(q, tile.block_m, pad, tma),
+        "k": _source(k, tile.block_n, pad, tma),
+        "v": _source(v, tile.block_n, pad, tma),
+        "do": _source(do, tile.block_m, pad, tma),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "dq_sum": sums,
+        "dk_ptr": dk,
+        "dv_ptr": dv,
+        **_strides(qm=q, kn=k, vn=v, dom=do, dkn=dk, dvn=dv),
+        "num_kv_heads": num_kv_heads,
+        "num_batch_heads": batch * num_kv_heads,
+        "num_queries": num_queries,
+        "num_queries_padded": num_rows,
+        "num_keys": num_keys,
+        "num_tiles": num_tiles,
+        "section": _section(q, 1),
+        "scale": scale,
+        "qk_scale": scale * math.log2(math.e),
+        "GROUP": num_heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": pad,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "CAUSAL": causal,
+        "ADD_DQ": dq_sum is not None,
+        "PRECISION": precision,
+        "TMA": tma,
+        "WIDE": _wide(tile, q, k, v, do, dk, dv),
+    }
+    return _launch(keys_kernel, num_tiles * batch * num_kv_heads, arguments, tile)
+
+
+def plan_queries(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, *,
+    causal: bool, scale: float, precision: str, tile: Tile,
+) -> Launch:  # fmt: skip
+    """Return the launch that computes dQ by itself."""
+    batch, num_heads, num_queries, head_dim = q.shape
+    num_keys = k.shape[2]
+    num_tiles = triton.cdiv(num_queries, tile.block_m)
+    tma = tile.tma and all(fits_tma(tensor) for tensor in (q, k, v, do))
+    pad = head_pad(head_dim)
+    arguments = {
+        "q": _source(q, tile.block_m, pad, tma),
+        "k": _source(k, tile.block_n, pad, tma),
+        "v": _source(v, tile.block_n, pad, tma),
+        "do": _source(do, tile.block_m, pad, tma),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "dq_ptr": dq,
+        **_strides(qm=q, kn=k, vn=v, dom=do, dqm=dq),
+        "num_heads": num_heads,
+        "num_batch_heads": batch * num_heads,
+        "num_queries": num_queries,
+        "num_keys": num_keys,
+        "num_tiles": num_tiles,
+        "section": _section(k, num_heads // k.shape[1]),
+        "scale": scale,
+        "qk_scale": scale * math.log2(math.e),
+        "GROUP": num_heads // k.shape[1],
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": pad,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "CAUSAL": causal,
+        "PRECISION": precision,
+        "TMA": tma,
+        "WIDE": _wide(tile, q, k, v, do, dq),
+    }
+    return _launch(queries_kernel, num_tiles * batch * num_heads, arguments, tile)
+
+
+def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return Launch(kernel=kernel, num_programs=num_programs, arguments=arguments, options=options)
+
+
+def _source(tensor: Tensor, rows: int, pad: int, tma: bool) -> Any:
+    if not tma:
+        return tensor
+    # The stride of a dimension of one is never used, but the descriptor checks it.
+    strides = [s if n > 1 else 64 for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], [1, 1, rows, pad])
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Return strides by argument name: `qm=q` gives stride_qb, stride_qh and stride_qm."""
+    found: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        batch, head, row, _ = tensor.stride()
+        found |= {
+            f"stride_{name[:-1]}b": batch,
+            f"stride_{name[:-1]}h": head,
+            f"stride_{name}": row,
+        }
+    return found
+
+
+def _section(shared: Tensor, group: int) -> int:
+    """Return how many heads work on tiles together: those whose two shared tensors fit in L2."""
+    head_bytes = 2 * shared.shape[2] * shared.shape[3] * shared.element_size()
+    return group * max(1, L2_BYTES // max(1, head_bytes))
+
+
+def _wide(tile: Tile, *tensors: Tensor) -> bool:
+    rows = max(tile.block_m, tile.block_n)
+    return any(abs(tensor.stride(2)) * rows >= _WIDE for tensor in tensors)
