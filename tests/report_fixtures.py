@@ -31,6 +31,7 @@ GPU = {
     "python": "3.12.3",
     "power_limit_w": 700.0,
     "peak_flops": {"fp32": 6.7e13, "tf32": 4.94e14, "fp16": 9.89e14, "bf16": 9.89e14},
+    "peak_bytes_per_s": 4.8e12,
 }
 CPU = {
     "kind": "cpu",
