@@ -98,7 +98,7 @@ def cpu_grids() -> Grids:
     fused = tuple(row for row in rows if row.startswith(OURS) or ATTENTION[row].peer)
     small = Grid(rows=fused, shapes=(Shape(1, 2, 256, 32),), dtypes=("fp32",))
     return {
-        "flash_sweep": Grid(rows=rows, shapes=sweep_shapes((128, 256), (16, 32)), dtypes=("fp32",)),
+        "flash_sweep": Grid(rows=rows, shapes=sweep_shapes((128, 256), (32,)), dtypes=("fp32",)),
         "attention_shapes": replace(
             small, shapes=(*small.shapes, Shape(1, 2, 256, 32, causal=False))
         ),

@@ -32,8 +32,8 @@ STUDIES = {
 
 def test_smoke_measures_every_study(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    files = "flash_sweep or shapes or harness or host_bound or attention_fp32 or error"
-    result = run("--smoke", "--rounds=1", f"--benchmark-json={output}", "-k", files)
+    wanted = " or ".join(sorted(STUDIES))
+    result = run("--smoke", "--rounds=1", f"--benchmark-json={output}", "-k", wanted)
     assert result.returncode == 0, result.stdout + result.stderr
     data: dict[str, Any] = json.loads(output.read_text())
     timed = [
@@ -44,7 +44,7 @@ def test_smoke_measures_every_study(tmp_path: Path) -> None:
     found = {(row["study"], row["case"]["pass"]): row for row in timed}
     assert {study for study, _ in found} == STUDIES
     assert found["attention_shapes", "backward"]["counts"]["saved_bytes"] >= 4 * 2 * 64 * 16 * 4
-    assert ERRORS <= set(found["attention_error", "forward"]["metrics"])
+    assert set(found["attention_error", "forward"]["metrics"]) >= ERRORS
     assert found["attention_host_bound", "forward"]["calls_per_round"] == 50
     assert found["attention_harness", "forward_backward"]["case"]["compile"] == "eager"
     assert found["flash_sweep", "forward"]["least_bytes"] == 4 * 64 * 16 * 4
@@ -70,7 +70,7 @@ def test_wrong_choices_are_one_line(option: str, message: str) -> None:
 def test_choices_select_cases() -> None:
     cases = selected(
         "--rows=sdpa", "--seqs=64,32", "--head-dims=8", "--dtypes=bf16", "--passes=forward",
-        "--shapes=B1 H2 S16 D8 full", "-k", "flash_sweep or attention_shapes or harness",
+        "--shapes=B1 H2 S16 D8 full", "-k", "flash_sweep or attention_shapes or attention_harness",
     )  # fmt: skip
     assert [case.split("::")[1] for case in cases] == [
         "bench_flash_sweep[sdpa-bf16-B1-H1-S32-D8-causal-forward]",
