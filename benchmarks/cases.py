@@ -3,17 +3,20 @@ chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from attention_bench import DTYPES
+from choices import at_least, listed, one_of
+from flash_cases import HARNESS_REP_MS, Grids, chosen_grids
 
 from cs336_systems.accounting import PASSES
 from cs336_systems.attention import ATTENTION, DEFAULT_ATTENTION
 from cs336_systems.config import PRESETS
-from cs336_systems.errors import UsageError, bad, unknown
+from cs336_systems.errors import UsageError, bad
 from cs336_systems.measure.pytest_plugin import session_of
 from cs336_systems.measure.workload import NotMeasured
 from cs336_systems.model import COMPILE_MODES
@@ -21,7 +24,6 @@ from cs336_systems.table import has_compiler
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """fp32: every product in fp32. tf32: products may round inputs to tf32. bf16: autocast."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Selection:
     seqs: tuple[int, ...]
     head_dims: tuple[int, ...]
     dtypes: tuple[str, ...]
+    flash: Grids
+    harness_rep_ms: int
     smoke: bool
     gate: bool
     nvtx: bool
@@ -77,10 +81,16 @@ def add_options(parser: pytest.Parser) -> None:
     )
     group.addoption("--warmups", help="warm-up study: numbers of warm-up steps, e.g. 0,1,2,5")
     group.addoption("--warmup-sizes", help="warm-up study: model presets")
-    group.addoption("--rows", help=f"attention grid: rows of the table: {', '.join(ATTENTION)}")
-    group.addoption("--seqs", help="attention grid: sequence lengths")
-    group.addoption("--head-dims", help="attention grid: head dimensions")
-    group.addoption("--dtypes", help=f"attention grid: {', '.join(DTYPES)}")
+    group.addoption("--rows", help=f"attention studies: rows of the table: {', '.join(ATTENTION)}")
+    group.addoption("--seqs", help="attention grid and flash sweep: sequence lengths")
+    group.addoption("--head-dims", help="attention grid and flash sweep: head dimensions")
+    group.addoption("--dtypes", help=f"attention studies: {', '.join(DTYPES)}")
+    group.addoption("--shapes", help="attention shapes: names like 'B1 H16 S16384 D64 causal'")
+    group.addoption(
+        "--harness-rep-ms",
+        type=int,
+        help=f"attention harness: do_bench's repetitions (default: {HARNESS_REP_MS})",
+    )
     group.addoption("--smoke", action="store_true", help="a few cases of every file, in seconds")
     group.addoption(
         "--gate",
@@ -106,20 +116,23 @@ def _selection(config: pytest.Config) -> Selection:
     smoke, gate = option("smoke"), option("gate")
     if gate and device.type != "cpu":
         raise bad("benchmarks", "--gate", "be run with --device cpu", str(device))
+    rep_ms = option("harness_rep_ms")
+    if rep_ms is not None and rep_ms < 1:
+        raise bad("benchmarks", "--harness-rep-ms", "be at least 1", rep_ms)
     if option("batch_size") < 1:
         raise bad("benchmarks", "--batch-size", "be at least 1", option("batch_size"))
     default = _gate_lists() if gate else _smoke_lists() if smoke else _default_lists(device)
 
     def names(option_name: str, key: str, choices: Iterable[str]) -> tuple[str, ...]:
-        return _listed(option(key), option_name, default[key], _one_of(option_name, choices))
+        return listed(option(key), option_name, default[key], one_of(option_name, choices))
 
     def numbers(option_name: str, key: str, least: int) -> tuple[int, ...]:
-        return _listed(option(key), option_name, default[key], _at_least(option_name, least))
+        return listed(option(key), option_name, default[key], at_least(option_name, least))
 
     return Selection(
         device=device,
         batch_size=option("batch_size"),
-        attention=_one_of("--attention", ATTENTION)(option("attention")),
+        attention=one_of("--attention", ATTENTION)(option("attention")),
         sizes=names("--sizes", "sizes", PRESETS),
         contexts=numbers("--contexts", "contexts", 1),
         passes=names("--passes", "passes", PASSES),
@@ -132,6 +145,8 @@ def _selection(config: pytest.Config) -> Selection:
         seqs=numbers("--seqs", "seqs", 1),
         head_dims=numbers("--head-dims", "head_dims", 1),
         dtypes=names("--dtypes", "dtypes", DTYPES),
+        flash={} if gate else chosen_grids(option, device, smoke=smoke),
+        harness_rep_ms=rep_ms or (100 if smoke else HARNESS_REP_MS),
         smoke=smoke,
         gate=gate,
         nvtx=option("nvtx"),
@@ -200,34 +215,3 @@ def _gate_lists() -> dict[str, Sequence[Any]]:
         "seqs": (512,),
         "head_dims": (64,),
     }
-
-
-def _listed(
-    text: str | None, option: str, default: Sequence[Any], parse: Callable[[str], Any]
-) -> tuple[Any, ...]:
-    if text is None:
-        return tuple(default)
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise bad("benchmarks", option, "list at least one value", text)
-    return tuple(dict.fromkeys(parse(word) for word in words))
-
-
-def _one_of(option: str, choices: Iterable[str]) -> Callable[[str], str]:
-    allowed = tuple(choices)
-
-    def parse(word: str) -> str:
-        if word not in allowed:
-            raise unknown("benchmarks", option, allowed, word)
-        return word
-
-    return parse
-
-
-def _at_least(option: str, least: int) -> Callable[[str], int]:
-    def parse(word: str) -> int:
-        if not word.isdigit() or int(word) < least:
-            raise bad("benchmarks", option, f"list integers of at least {least}", word)
-        return int(word)
-
-    return parse

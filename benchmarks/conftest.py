@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from cases import Selection, add_options, selection
 from model_bench import ModelSlot
+from pace import Pace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,3 +60,9 @@ def model_slot() -> Iterator[ModelSlot]:
     slot = ModelSlot()
     yield slot
     slot.clear()
+
+
+@pytest.fixture(scope="session")
+def pace() -> Pace:
+    """Return what the cases of a sweep tell those after them."""
+    return Pace()

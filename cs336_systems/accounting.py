@@ -106,3 +106,15 @@ def attention_flops(
     """
     forward = 4.0 * batch_size * num_heads * seq**2 * head_dim * (0.5 if is_causal else 1.0)
     return forward * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[which]
+
+
+def attention_bytes(
+    batch_size: int, num_heads: int, seq: int, head_dim: int, which: str, *, element_bytes: int
+) -> int:
+    """Return the least bytes that attention moves: each input and result once, nothing between.
+
+    Forward reads q, k, v and writes o; with a backward pass there are o, do, dq, dk, dv as well,
+    whether or not the forward pass is part of it. The log-sum-exp, one number a row, is left out.
+    """
+    num_tensors = {"forward": 4, "backward": 8, "forward_backward": 8}[which]
+    return num_tensors * batch_size * num_heads * seq * head_dim * element_bytes

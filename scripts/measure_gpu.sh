@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Make the committed GPU numbers, one part a call (each under ten minutes on an H200):
-#   scripts/measure_gpu.sh PART DIRECTORY     PART: basics, large, xl, 2.7b, warmup, attention, whole
+#   scripts/measure_gpu.sh PART DIRECTORY     PART: one of those listed below
+# The parts of fused attention, estimated from a quarter of a second a case and three or four seconds
+# for each shape that torch compiles: flash_sweep_bf16 and flash_sweep_fp32 (the rows that are not
+# compiled) 6 minutes each, flash_sweep_compiled 5, flash_shapes (the shapes that matter, the public
+# harness) 6, flash_details (host-bound calls, fp32, errors) 5. The sweep as a whole does not fit.
 # An interrupted part leaves DIRECTORY/PART.json.journal.jsonl, which the report reads as well.
 set -euo pipefail
-part=${1:?name a part: basics, large, xl, 2.7b, warmup, attention, whole}
+parts="basics, large, xl, 2.7b, warmup, attention, whole, flash_sweep_bf16, flash_sweep_fp32,\
+ flash_sweep_compiled, flash_shapes, flash_details"
+part=${1:?name a part: $parts}
 out=${2:?name the directory for the JSON files}
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.:cs336-basics PYTHONUNBUFFERED=1
@@ -15,6 +21,7 @@ measure() { # measure NAME ARGUMENTS...: one pytest run, one JSON
 }
 
 model=benchmarks/bench_model.py
+flash=benchmarks/bench_flash.py
 case $part in
 basics)
     measure numerics benchmarks/bench_numerics.py benchmarks/bench_harness.py
@@ -28,8 +35,23 @@ attention)
     measure attention_fp32 benchmarks/bench_attention.py --dtypes=fp32 --max-seconds=2 \
         --rows=scaled_dot_prod_attention,vectorized_torch,scaled_dot_prod_attention_compiled,sdpa
     ;;
+flash_sweep_bf16 | flash_sweep_fp32)
+    measure "$part" $flash --dtypes="${part##*_}" --max-seconds=1 \
+        -k "flash_sweep and not compiled and not flex"
+    ;;
+flash_sweep_compiled)
+    measure "$part" $flash --dtypes=bf16 --head-dims=64,128 --max-seconds=1 \
+        -k "flash_sweep and (compiled or flex)"
+    ;;
+flash_shapes)
+    measure attention_shapes $flash -k attention_shapes --max-seconds=2
+    measure attention_harness benchmarks/bench_flash_harness.py --max-seconds=2
+    ;;
+flash_details)
+    measure flash_details $flash --max-seconds=2 -k "not flash_sweep and not attention_shapes"
+    ;;
 *)
-    echo "measure_gpu.sh: PART must be one of basics, large, xl, 2.7b, warmup, attention, whole, got '$part'" >&2
+    echo "measure_gpu.sh: PART must be one of $parts, got '$part'" >&2
     exit 2
     ;;
 esac

@@ -31,6 +31,7 @@ GPU = {
     "python": "3.12.3",
     "power_limit_w": 700.0,
     "peak_flops": {"fp32": 6.7e13, "tf32": 4.94e14, "fp16": 9.89e14, "bf16": 9.89e14},
+    "peak_bytes_per_s": 4.8e12,
 }
 CPU = {
     "kind": "cpu",
@@ -56,9 +57,11 @@ def record(study: str, case: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "cache": "warm",
         "rounds": None,
         "warmup_rounds": 5,
+        "calls_per_round": 1,
         "tokens": None,
         "flops": None,
         "flops_dtype": None,
+        "least_bytes": None,
         "baseline": None,
         "device": "cuda",
         "metrics": {},

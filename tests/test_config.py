@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_systems.accounting import (
     PASSES,
+    attention_bytes,
     attention_flops,
     forward_flops,
     least_bytes,
@@ -162,3 +163,19 @@ class TestModel:
             UsageError, match="compile_model: mode must be one of eager, blocks, model"
         ):
             compile_model(build_model(PRESETS["debug"]), "all")
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 64), st.integers(1, 64), st.booleans())
+def test_attention_bytes_are_those_of_its_tensors(
+    batch_size: int, num_heads: int, seq: int, head_dim: int, half: bool
+) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    tensor = torch.empty(batch_size, num_heads, seq, head_dim, dtype=dtype)
+    size = (batch_size, num_heads, seq, head_dim)
+    for which, names in {
+        "forward": "q k v o",
+        "backward": "q k v o do dq dk dv",
+        "forward_backward": "q k v o do dq dk dv",
+    }.items():
+        expected = len(names.split()) * tensor.nbytes
+        assert attention_bytes(*size, which, element_bytes=dtype.itemsize) == expected

@@ -6,10 +6,12 @@ import gc
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cs336_systems.errors import UsageError
 from cs336_systems.measure.harness import Harness, Settings
 from cs336_systems.measure.memory import is_out_of_memory, requested_bytes, saved_bytes
 from cs336_systems.measure.record import SCHEMA, Case, Record
@@ -65,6 +67,35 @@ def test_command_line_rounds_hold_where_the_case_has_none() -> None:
 def test_slow_case_runs_three_rounds() -> None:
     record = run(CASE, lambda: Workload(step=lambda: time.sleep(0.02)), max_seconds=0.001)
     assert record.case.rounds == 3
+
+
+def test_round_of_several_calls_takes_the_time_of_one() -> None:
+    log, times = Log(), []
+
+    def read(clock: Callable[[], float], step: Callable, setup: None, rounds: int) -> None:  # type: ignore[type-arg]
+        assert setup is None
+        for _ in range(rounds):
+            start = clock()
+            step()
+            times.append(clock() - start)
+
+    def step() -> None:
+        log.append("step")
+        time.sleep(0.002)
+
+    case = replace(CASE, calls_per_round=5)
+    record = Harness(Settings(device=CPU)).run(case, lambda: Workload(step=step), read)
+    warm_up, memory = 2 * 5, 1
+    assert len(log) == warm_up + memory + 4 * 5
+    assert record.to_json()["calls_per_round"] == 5
+    # Asleep 2 ms at the least a call; ten would mean that a round was not divided.
+    assert 0.002 <= min(times) < 0.01
+
+
+def test_round_of_several_calls_has_no_setup_between_them() -> None:
+    workload = Workload(step=lambda: None, setup=lambda: None)
+    with pytest.raises(UsageError, match="calls_per_round must be 1 with a setup, got 2"):
+        run(replace(CASE, calls_per_round=2), lambda: workload)
 
 
 def test_wrong_result_is_not_timed() -> None:

@@ -59,6 +59,18 @@ class EventClock:
         return self._elapsed
 
 
+class PerCallClock:
+    """Another clock for rounds of several calls: between two readings pass the seconds of one."""
+
+    def __init__(self, clock: Callable[[], float], calls: int) -> None:
+        self.__name__ = f"{getattr(clock, '__name__', 'clock')}_per_call"
+        self._clock = clock
+        self._calls = calls
+
+    def __call__(self) -> float:
+        return self._clock() / self._calls
+
+
 class ReplayClock:
     """Seconds that were measured elsewhere, one pair of calls for each of them."""
 

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from cs336_systems.measure.clock import EventClock, ReplayClock, WallClock, synchronizer
+from cs336_systems.errors import bad
+from cs336_systems.measure.clock import (
+    EventClock,
+    PerCallClock,
+    ReplayClock,
+    WallClock,
+    synchronizer,
+)
 from cs336_systems.measure.device import conditions
 from cs336_systems.measure.memory import gib, is_out_of_memory, peak_bytes, release, requested_bytes
 from cs336_systems.measure.record import Case, Record
@@ -87,6 +94,8 @@ class Harness:
         if workload.replay_seconds is not None:
             return self._replay(case, workload, timer)
         assert case.rounds is not None
+        if workload.setup is not None and case.calls_per_round > 1:
+            raise bad("gpu_benchmark", "calls_per_round", "be 1 with a setup", case.calls_per_round)
         seconds = self._warm_up(case, workload)
         if workload.check is not None:
             workload.check()
@@ -94,7 +103,8 @@ class Harness:
         rounds = max(3, min(case.rounds, int(self.settings.max_seconds / max(seconds, 1e-9))))
         case = replace(case, rounds=rounds)
         before = conditions(self.settings.device)
-        timer(self._clock(case), workload.step, self._round_setup(case, workload), rounds)
+        step = _repeated(workload.step, case.calls_per_round)
+        timer(self._clock(case), step, self._round_setup(case, workload), rounds)
         after = conditions(self.settings.device)
         return Record(
             case=case,
@@ -120,11 +130,12 @@ class Harness:
         assert case.warmup_rounds is not None
         assert self.synchronize is not None
         seconds = 0.0
+        step = _repeated(workload.step, case.calls_per_round)
         for _ in range(case.warmup_rounds):
             start = time.perf_counter()
             if workload.setup is not None:
                 workload.setup()
-            workload.step()
+            step()
             self.synchronize()
             seconds = time.perf_counter() - start
         return seconds
@@ -141,7 +152,8 @@ class Harness:
 
     def _clock(self, case: Case) -> Clock:
         assert self.synchronize is not None
-        return EventClock() if case.clock == "gpu_ms" else WallClock(self.synchronize)
+        clock = EventClock() if case.clock == "gpu_ms" else WallClock(self.synchronize)
+        return clock if case.calls_per_round == 1 else PerCallClock(clock, case.calls_per_round)
 
     def _round_setup(self, case: Case, workload: Workload) -> Callable[[], None] | None:
         if case.cache == "warm":
@@ -176,6 +188,18 @@ class Harness:
             reason=reason,
             metrics=dict(metrics),
         )
+
+
+def _repeated(step: Callable[[], object], calls: int) -> Callable[[], object]:
+    """Return a call that makes `calls` calls of `step`; for one, `step` itself."""
+    if calls == 1:
+        return step
+
+    def repeat() -> None:
+        for _ in range(calls):
+            step()
+
+    return repeat
 
 
 def _nothing() -> None:

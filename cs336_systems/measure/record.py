@@ -35,15 +35,20 @@ class Case:
     cache: Cache = "warm"
     """`cold`: the device's L2 cache is flushed before every timed call."""
     rounds: int | None = None
-    """Timed calls; None takes the command line's number."""
+    """Timed rounds; None takes the command line's number."""
     warmup_rounds: int | None = None
-    """Untimed calls before them; None takes the command line's number."""
+    """Untimed rounds before them; None takes the command line's number."""
+    calls_per_round: int = 1
+    """Calls that one round makes back to back; its time is that of one. More than one suits calls
+    too short for the clock, and those that the host must launch faster than the device works."""
     tokens: int | None = None
     """Tokens that one timed call processes."""
     flops: float | None = None
     """Model floating-point operations of one timed call (recomputation not counted)."""
     flops_dtype: str | None = None
     """Which of the device's peak rates they are held against: fp32, tf32, fp16 or bf16."""
+    least_bytes: int | None = None
+    """Bytes that one timed call must move to or from the device's memory, whoever writes it."""
     baseline: Mapping[str, Scalar] | None = None
     """Parameters that, put over `params`, name the row that speed-up is reported against."""
 

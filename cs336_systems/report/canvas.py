@@ -39,6 +39,8 @@ class Canvas:
     panel_height: float
     legend_title: str
     legend_labels: Sequence[str]
+    tick_lines: int = 1
+    """Lines of text in the longest label of a panel's x axis."""
     figure: Figure = field(init=False)
     axes: list[list[Axes]] = field(init=False)
 
@@ -50,8 +52,9 @@ class Canvas:
         subtitle = _wrap([self.subtitle], width, 8.5)
         stamp = _wrap(self.stamp, width, 6.5)
         top = 0.45 + 0.17 * len(subtitle) + (0.25 if self.num_rows * self.num_columns > 1 else 0.1)
-        bottom = _AXIS_ROOM + _LINE * len(stamp) + 0.1
-        grid_height = self.num_rows * (self.panel_height + _GAP_Y) - _GAP_Y
+        self._gap_y = _GAP_Y + _LINE * (self.tick_lines - 1)
+        bottom = _AXIS_ROOM + _LINE * (self.tick_lines - 1 + len(stamp)) + 0.1
+        grid_height = self.num_rows * (self.panel_height + self._gap_y) - self._gap_y
         height = top + grid_height + bottom
         self.figure = Figure(figsize=(width, height), dpi=_DPI)
         self._write(subtitle, stamp, width, height)
@@ -63,7 +66,7 @@ class Canvas:
 
     def _panel(self, row: int, column: int, width: float, height: float, top: float) -> Axes:
         left = _LEFT + column * (self.panel_width + _GAP_X)
-        bottom = height - top - row * (self.panel_height + _GAP_Y) - self.panel_height
+        bottom = height - top - row * (self.panel_height + self._gap_y) - self.panel_height
         box = (
             left / width,
             bottom / height,

@@ -17,18 +17,18 @@ from cs336_systems.report.source import Hardware, Source
 Row = dict[str, Any]
 
 TIME_COLUMNS = ("median_ms", "mean_ms", "std_ms", "q20_ms", "q80_ms", "min_ms")
-_NUMBERS = (*TIME_COLUMNS, "tokens_per_s", "tflops", "share_of_peak", "peak_gib", "speedup")
+_DERIVED = ("tokens_per_s", "tflops", "intensity", "share_of_peak", "peak_gib")
+_NUMBERS = (*TIME_COLUMNS, *_DERIVED, "speedup")
 _OUTCOME = ("study", "status", "reason")
-_CLOCK = ("clock", "cache", "rounds", "warmup_rounds")
-_DERIVED = ("tokens_per_s", "tflops", "share_of_peak", "peak_gib")
+_CLOCK = ("clock", "cache", "rounds", "warmup_rounds", "calls_per_round")
 _TAIL = (
     "speedup", "baseline", "throttle", "device_kind", "device_name", "device_count",
     "power_limit_w", "driver", "cuda", "torch", "triton", "python", "commit", "command",
-    "file", "id", "fullname", "data_ms", "case", "source", "hardware",
+    "file", "id", "fullname", "data_ms", "case", "source", "hardware", "roof",
 )  # fmt: skip
 _RESERVED = frozenset((*_OUTCOME, *TIME_COLUMNS, *_CLOCK, *_DERIVED, *_TAIL))
 # What the frame holds for Python alone; a CSV has the same in plain columns.
-_OBJECTS = ("data_ms", "case", "source", "hardware")
+_OBJECTS = ("data_ms", "case", "source", "hardware", "roof")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def _row(entry: Entry, source: Source) -> Row:
         **_provenance(source, hardware),
     }
     row.update(_rates(row["median_ms"], record, source.peak(kind, record.get("flops_dtype"))))
+    row["intensity"] = _intensity(record)
+    row["roof"] = source.roof(kind, record.get("flops_dtype"))
     row["peak_gib"] = _gib((record.get("metrics") or {}).get("peak_bytes"))
     if (second := _ratio(row["median_ms"], record)) is not None:
         row["metrics.ratio"] = second
@@ -163,6 +165,12 @@ def _rates(median_ms: float | None, record: Mapping[str, Any], peak: float | Non
         "tflops": None if rate is None else rate / 1e12,
         "share_of_peak": None if rate is None or peak is None else 100 * rate / peak,
     }
+
+
+def _intensity(record: Mapping[str, Any]) -> float | None:
+    """Return FLOPs per byte that must be moved."""
+    flops, least_bytes = record.get("flops"), record.get("least_bytes")
+    return flops / least_bytes if flops and least_bytes else None
 
 
 def _ratio(median_ms: float | None, record: Mapping[str, Any]) -> float | None:

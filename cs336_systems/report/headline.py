@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 
 from cs336_systems.report import text
+from cs336_systems.report.cells import Cell, Table, cell, markdown_table, time_cell
 from cs336_systems.report.frame import Row
 from cs336_systems.report.source import stamp
 from cs336_systems.report.studies import fullest, values_of, word
-from cs336_systems.report.tables import Cell, Section, Table, cell, markdown_table, time_cell
+from cs336_systems.report.tables import Section
 
 _PASSES = ("forward", "forward_backward", "full_step")
 _ARROW = "->"

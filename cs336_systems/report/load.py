@@ -158,9 +158,9 @@ def _check_record(record: Value) -> None:
     record["device"].text()
     for name in ("reason", "flops_dtype"):
         record[name].text_or_none()
-    for name in ("tokens", "flops"):
+    for name in ("tokens", "flops", "least_bytes"):
         record[name].number_or_none()
-    for name in ("rounds", "warmup_rounds"):
+    for name in ("rounds", "warmup_rounds", "calls_per_round"):
         if not record[name].absent:
             record[name].integer()
     if not record["conditions"].absent:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
+from cs336_systems.report.cells import Cell, Table
 from cs336_systems.report.plots import Picture
 from cs336_systems.report.readme import Gallery
-from cs336_systems.report.tables import Cell, Section, Table
+from cs336_systems.report.tables import Section
 
 
 def page(title: str, sections: Sequence[Section], gallery: Gallery) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,21 +10,28 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from cs336_systems.report import text
 from cs336_systems.report.canvas import log_ticks_at
 from cs336_systems.report.frame import Row
 from cs336_systems.report.palette import Look, Palette
-from cs336_systems.report.scene import Scene, Values
+from cs336_systems.report.scene import Scene, Values, values
+from cs336_systems.report.source import Roof
 from cs336_systems.report.studies import values_of, word
+from cs336_systems.report.text import plain
 
 _GROUP = 0.84
 """The part of a group's room that its bars fill."""
 _WIDEST = 0.3
 """The most of it that a single bar takes."""
+_LABEL_COLUMNS = 13
+"""Letters in a line of a group's label."""
+_MOST_LEVEL_NUMBERS = 12
+"""Bars in a panel that leave room for level numbers above them."""
 _STUB = 0.045
 """The height of the hatched stub of a case without a time, as a part of the axis."""
+_ROOF = "#555555"
 BAND = 0.13
 """The height of the band above the lines that marks cases without a time."""
 
@@ -64,9 +72,27 @@ def _paint_bars(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row])
                 axes.bar(at, height, width * 0.92, color=style.colour)
             elif row["status"] != "ok":
                 _mark_bar(axes, at, width * 0.92, style.colour, text.STATUS[row["status"]])
-    axes.set_xticks(range(len(groups)), [word(group) for group in groups])
+            if height is not None and scene.plot.line_at is not None:
+                upright = len(groups) * len(scene.series) > _MOST_LEVEL_NUMBERS
+                _number_bar(axes, at, height, 90 if upright else 0)
+    if scene.plot.line_at is not None:
+        axes.axhline(scene.plot.line_at, color="#333333", linewidth=0.9, linestyle="--")
+    axes.set_xticks(range(len(groups)), [group_label(group) for group in groups])
     axes.set_xlim(-0.55, len(groups) - 0.45)
-    axes.tick_params(axis="x", length=0, labelsize=8.5)
+    axes.tick_params(axis="x", length=0, labelsize=8.5 if len(groups) < 7 else 7.5)
+
+
+def _number_bar(axes: Axes, at: float, height: float, rotation: float) -> None:
+    # On white, because a line that the bars are compared with may run behind it.
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    style = {"fontsize": 6.5, "rotation": rotation, "ha": "center", "va": "bottom", "bbox": white}
+    place = {"xytext": (0, 2), "textcoords": "offset points"}
+    axes.annotate(f"{height:.2f}", (at, height), **place, **style)  # type: ignore[arg-type]
+
+
+def group_label(group: Any) -> str:
+    """Return the label of a group of bars, long ones in lines of a few words."""
+    return "\n".join(textwrap.wrap(word(group), _LABEL_COLUMNS)) or word(group)
 
 
 def _mark_bar(axes: Axes, at: float, width: float, colour: str, outcome: str) -> None:
@@ -169,6 +195,57 @@ def _paint_spread(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row
     axes.set_xlim(-0.6, len(groups) - 0.4)
 
 
+def _paint_roofline(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]) -> None:
+    every = [row["intensity"] for row in scene.rows]
+    roofs = scene.roofs(rows)
+    # The bend of the roof is in the picture, also when every case lies far beyond it.
+    left = min([min(every) / 1.5, *(roof.ridge / 3 for roof in roofs)])
+    right = max(every) * 1.5
+    for roof in roofs:
+        _paint_roof(axes, roof, left, right)
+    joined = _one_case_per_point(scene)
+    for position, wanted in enumerate(scene.series):
+        style = look(scene, palette, wanted)
+        heights = [(row["intensity"], scene.height(row)) for row in scene.of_series(wanted, rows)]
+        points = sorted((at, height) for at, height in heights if height is not None)
+        axes.plot(
+            [at for at, _ in points],
+            [height for _, height in points],
+            color=style.colour,
+            marker=style.marker,
+            linestyle=style.dash if joined else "none",
+            **_stroke(position, len(scene.series)),
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def _one_case_per_point(scene: Scene) -> bool:
+    """Whether a line can follow each series: several shapes of one intensity are no sequence."""
+    params = (*scene.plot.series, *scene.plot.rows, *scene.plot.columns, "intensity")
+    places = [values(params, row) for row in scene.rows]
+    return len(set(places)) == len(places)
+
+
+def _paint_roof(axes: Axes, roof: Roof, left: float, right: float) -> None:
+    bends = [left, *((roof.ridge,) if left < roof.ridge < right else ()), right]
+    axes.plot(bends, [roof.at(at) for at in bends], color=_ROOF, linewidth=1.0)
+    limits = f"{roof.tflops:g} TFLOP/s, {roof.terabytes_per_s:g} TB/s"
+    axes.annotate(
+        limits,
+        (right, roof.at(right)),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=6.5,
+        color=_ROOF,
+    )
+
+
 Painter = Callable[[Scene, Palette, Axes, Sequence[Row]], None]
 
 PAINTERS: dict[str, Painter] = {
@@ -176,4 +253,5 @@ PAINTERS: dict[str, Painter] = {
     "lines": _paint_lines,
     "rounds": _paint_rounds,
     "spread": _paint_spread,
+    "roofline": _paint_roofline,
 }

@@ -10,10 +10,12 @@ from cs336_systems.report.frame import Row
 from cs336_systems.report.studies import combinations_of
 
 # Source: Okabe and Ito, "Color Universal Design"; its yellow, too pale on white, is a grey here.
+# The last four: Tol, "Colour schemes", muted.
 _COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C",
+    "#882255", "#999933", "#332288", "#44AA99",
 )  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 _DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from cs336_systems.report import text
 from cs336_systems.report.frame import Row
-from cs336_systems.report.studies import Plot, combinations_of, fullest, values_of, word
+from cs336_systems.report.source import Roof
+from cs336_systems.report.spec import Plot
+from cs336_systems.report.studies import combinations_of, fullest, further, values_of, word
 
 # A picture past these is neither readable nor quick; the tables have every row.
 _MOST_PANELS = 12
@@ -54,9 +56,15 @@ class Scene:
         if self.plot.kind == "rounds":
             return [value for row in rows for value in row["data_ms"] or ()]
         found = [height for height in map(self.height, rows) if height is not None]
+        if self.plot.kind == "roofline":
+            found += [roof.at(row["intensity"]) for row in rows if (roof := row["roof"])]
         if self.plot.kind == "spread":
             found += [row["mean_ms"] + row["std_ms"] for row in rows if row["mean_ms"] is not None]
         return found
+
+    def roofs(self, rows: Sequence[Row]) -> list[Roof]:
+        """Return the different limits of the devices that some rows ran on, lowest first."""
+        return sorted({row["roof"] for row in rows if row["roof"] is not None})
 
     @property
     def stopped(self) -> bool:
@@ -91,7 +99,10 @@ def numbers(found: Sequence[Any]) -> bool:
 def set_scene(plot: Plot, index: Sequence[str], rows: Sequence[Row]) -> Scene | None:
     """Return what a plot draws of some rows, None where it would be empty."""
     rows = [row for row in rows if not plot.x or row.get(plot.x) is not None]
-    if not any(row.get(plot.y) is not None for row in rows) or (plot.x and plot.x not in index):
+    if plot.kind == "roofline":
+        rows = [row for row in rows if row["roof"] is not None]
+    known = (*index, "intensity", "")
+    if not any(row.get(plot.y) is not None for row in rows) or plot.x not in known:
         return None
     swept = values_of(plot.x, rows)
     if plot.kind == "lines" and not (len(swept) > 1 and numbers(swept)):
@@ -101,9 +112,9 @@ def set_scene(plot: Plot, index: Sequence[str], rows: Sequence[Row]) -> Scene | 
     if not any(row.get(plot.y) is not None for row in rows):
         return None
     constant = [p for p in index if p != plot.x and len(values_of(p, rows)) == 1]
-    shown = [p for p in constant if p != plot.regardless]
+    shown = [p for p in constant if p != plot.regardless and p not in plot.unsaid]
     said += [f"{text.header(param)} {word(rows[0].get(param))}" for param in shown]
-    return _split(_varying(plot, index, constant), rows, said)
+    return _split(_varying(plot, index, constant, rows), rows, said)
 
 
 def generic_plots(index: Sequence[str], rows: Sequence[Row]) -> tuple[Plot, ...]:
@@ -130,6 +141,11 @@ def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) 
     # A timed case without the measure, such as the share of peak of a pass that multiplies
     # nothing, has no place in the picture; one without a time is marked there.
     rows = [row for row in rows if row["status"] != "ok" or row.get(plot.y) is not None]
+    for param, hidden in plot.hide.items():
+        left_out = [word(value) for value in values_of(param, rows) if value in hidden]
+        if left_out:
+            said.append(f"{', '.join(left_out)} only in the table")
+        rows = [row for row in rows if row.get(param) not in hidden]
     if plot.fullest is not None and plot.fullest in index:
         best = fullest(plot.fullest, plot.x, rows)
         rows = [row for row in rows if row.get(plot.fullest) == best]
@@ -152,7 +168,9 @@ def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) 
     return rows
 
 
-def _varying(plot: Plot, index: Sequence[str], constant: Sequence[str]) -> Plot:
+def _varying(
+    plot: Plot, index: Sequence[str], constant: Sequence[str], rows: Sequence[Row]
+) -> Plot:
     """Return the plot without constant parameters, and with those that only the data has."""
 
     def kept(params: Sequence[str]) -> tuple[str, ...]:
@@ -160,7 +178,9 @@ def _varying(plot: Plot, index: Sequence[str], constant: Sequence[str]) -> Plot:
 
     # A parameter the specification does not know must not fold several rows into one point.
     named = (*plot.series, *plot.rows, *plot.columns, plot.x)
-    extra = tuple(param for param in kept(index) if param not in named)
+    extra = tuple(further(kept(index), named, rows))
+    if plot.kind == "roofline":
+        extra = ()  # Its points are cases by themselves, and no line through them folds any.
     in_panels = plot.kind in ("rounds", "spread")
     return replace(
         plot,
@@ -170,7 +190,17 @@ def _varying(plot: Plot, index: Sequence[str], constant: Sequence[str]) -> Plot:
     )
 
 
+def _with_times(plot: Plot, rows: list[Row], said: list[str]) -> list[Row]:
+    """Return the rows of the series that were timed at all, and say which were not."""
+    timed = {values(plot.series, row) for row in rows if row.get(plot.y) is not None}
+    untimed = [found for found in combinations_of(plot.series, rows) if found not in timed]
+    if untimed:
+        said.append(f"no time at all: {'; '.join(map(label, untimed))}")
+    return [row for row in rows if values(plot.series, row) in timed]
+
+
 def _split(plot: Plot, rows: list[Row], said: list[str]) -> Scene:
+    rows = _with_times(plot, rows, said)
     series = combinations_of(plot.series, rows)
     if len(series) > _MOST_SERIES:
         said.append(f"first {_MOST_SERIES} of {len(series)} series, all are in the table")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cs336_systems.report.value import Value
 
@@ -37,6 +38,25 @@ class Hardware:
         return (self.kind, self.label)
 
 
+class Roof(NamedTuple):
+    """What a device can reach at the most."""
+
+    tflops: float
+    terabytes_per_s: float
+
+    @property
+    def ridge(self) -> float:
+        """The FLOPs a byte from which on the rate is what limits."""
+        return self.tflops / self.terabytes_per_s
+
+    def at(self, intensity: float) -> float:
+        """Return the TFLOP/s within reach at so many FLOPs a byte.
+
+        Source: Williams, Waterman and Patterson 2009, section 3.
+        """
+        return min(self.tflops, intensity * self.terabytes_per_s)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One input file's provenance."""
@@ -47,6 +67,7 @@ class Source:
     """Name and version of what the numbers depend on, in the order that stamps list them."""
     power_limit_watts: float | None
     peak_flops: tuple[tuple[str, float], ...]
+    peak_bytes_per_s: float | None
     commit: str
     command: str | None
 
@@ -64,6 +85,11 @@ class Source:
         """Return the device's peak rate in FLOP/s for a dtype, None where it is unknown."""
         known = dict(self.peak_flops) if kind == self.hardware.kind else {}
         return known.get(dtype or "")
+
+    def roof(self, kind: str, dtype: str | None) -> Roof | None:
+        """Return the device's limits for a dtype, None where one of them is unknown."""
+        rate, bandwidth = self.peak(kind, dtype), self.peak_bytes_per_s
+        return None if rate is None or bandwidth is None else Roof(rate / 1e12, bandwidth / 1e12)
 
 
 def read_source(path: Path, head: Value) -> Source:
@@ -85,6 +111,7 @@ def read_source(path: Path, head: Value) -> Source:
         versions=_versions(machine),
         power_limit_watts=device["power_limit_w"].number_or_none(),
         peak_flops=tuple((dtype, rate) for dtype, rate in peaks if rate is not None),
+        peak_bytes_per_s=device["peak_bytes_per_s"].number_or_none(),
         commit=_commit(head["commit_info"]),
         command=None if run.absent else run["command"].text_or_none(),
     )

@@ -1,13 +1,16 @@
-"""What each study shows, as data: its parameters in order, its pivots and its plots."""
+"""The studies that have a specification, and the order of their parameters' values."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from cs336_systems.report.frame import Row, param_column
+from cs336_systems.report.spec import Study
+from cs336_systems.report.studies_attention import ATTENTION_STUDIES
+from cs336_systems.report.studies_model import MODEL_STUDIES
 
 # Values with an order of their own; others sort as numbers, then as words.
 _ORDER: dict[str, tuple[str, ...]] = {
@@ -19,184 +22,6 @@ _ORDER: dict[str, tuple[str, ...]] = {
 }
 _WORDS = {"forward_backward": "forward + backward", "full_step": "full step"}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Pivot:
-    """A small table of one measure: some parameters down, one across."""
-
-    title: str
-    rows: tuple[str, ...]
-    columns: str
-    per: tuple[str, ...] = ()
-    """One table for each combination of these."""
-    value: str = "median_ms"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """One picture: what goes along each axis and what splits it into series and panels."""
-
-    what: str
-    """The second half of the file's name."""
-    kind: Literal["bars", "lines", "rounds", "spread"]
-    title: str
-    y: str
-    x: str = ""
-    series: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    """One row of panels for each combination of these."""
-    columns: tuple[str, ...] = ()
-    """One column of panels for each combination of these."""
-    fullest: str | None = None
-    """Keep one value of this parameter: that with the most values of `x`, of equals the largest."""
-    ends: tuple[str, ...] = ()
-    """Of these parameters' combinations keep the first and the last in order."""
-    regardless: str | None = None
-    """`y` does not depend on this parameter: of its rows keep the one that has it."""
-    log_x: bool = False
-    log_y: bool | None = None
-    """None: where the largest value is many times the smallest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """How one family of cases is shown."""
-
-    name: str
-    title: str
-    shows: str
-    index: tuple[str, ...] = ()
-    pivots: tuple[Pivot, ...] = ()
-    plots: tuple[Plot, ...] | None = None
-    """None: one line plot where a numeric parameter sweeps."""
-
-
-_MODEL_VARIANT = ("precision", "compile")
-_MODEL_POINT = ("size", "context", *_MODEL_VARIANT, "pass")
-
-_MODEL_PASS = Study(
-    name="model_pass",
-    title="Passes of the language model",
-    shows="How long each pass of the model takes, by size, context, precision and compilation.",
-    index=_MODEL_POINT,
-    pivots=(
-        Pivot(
-            title="Median ms per pass", rows=("size", "context", *_MODEL_VARIANT), columns="pass"
-        ),
-    ),
-    plots=(
-        Plot(
-            what="time_by_size",
-            kind="bars",
-            title="Step time by model size",
-            x="size",
-            y="median_ms",
-            series=_MODEL_VARIANT,
-            rows=("pass",),
-            fullest="context",
-        ),
-        Plot(
-            what="time_by_context",
-            kind="lines",
-            title="Step time by context length",
-            x="context",
-            y="median_ms",
-            series=("size",),
-            rows=_MODEL_VARIANT,
-            columns=("pass",),
-            ends=_MODEL_VARIANT,
-            log_x=True,
-            log_y=True,
-        ),
-        Plot(
-            what="share_of_peak",
-            kind="bars",
-            title="Share of the device's peak rate",
-            x="size",
-            y="share_of_peak",
-            series=_MODEL_VARIANT,
-            rows=("pass",),
-            fullest="context",
-            log_y=False,
-        ),
-        Plot(
-            what="peak_memory",
-            kind="bars",
-            title="Peak memory by model size",
-            x="size",
-            y="peak_gib",
-            series=_MODEL_VARIANT,
-            rows=("pass",),
-            fullest="context",
-            log_y=False,
-        ),
-    ),
-)
-
-_WARMUP = Study(
-    name="warmup",
-    title="Warm-up",
-    shows="What the timed rounds look like after 0, 1, 2 or 5 untimed ones.",
-    index=(*_MODEL_POINT, "warmup"),
-    plots=(
-        Plot(
-            what="rounds",
-            kind="rounds",
-            title="Timed rounds in order",
-            y="data_ms",
-            series=("warmup",),
-            rows=("size", "context", *_MODEL_VARIANT),
-            columns=("pass",),
-        ),
-        Plot(
-            what="mean",
-            kind="spread",
-            title="Mean ± standard deviation of the timed rounds",
-            x="warmup",
-            y="mean_ms",
-            series=("warmup",),
-            rows=("size", "context", *_MODEL_VARIANT),
-            columns=("pass",),
-            log_y=False,
-        ),
-    ),
-)
-
-_ATTENTION_GRID = Study(
-    name="attention_grid",
-    title="Attention by sequence length and head dimension",
-    shows="Latency of each attention, forward and backward, and the memory held in between.",
-    index=("attention", "dtype", "d", "seq", "pass"),
-    pivots=(
-        Pivot(title="Median ms", rows=("seq",), columns="d", per=("attention", "pass", "dtype")),
-    ),
-    plots=(
-        Plot(
-            what="latency",
-            kind="lines",
-            title="Attention latency",
-            x="seq",
-            y="median_ms",
-            series=("attention", "dtype"),
-            rows=("pass",),
-            columns=("d",),
-            log_x=True,
-            log_y=True,
-        ),
-        Plot(
-            what="memory",
-            kind="lines",
-            title="Memory in use before backward",
-            x="seq",
-            y="metrics.before_backward_bytes",
-            series=("attention", "dtype"),
-            columns=("d",),
-            regardless="pass",
-            log_x=True,
-            log_y=True,
-        ),
-    ),
-)
 
 _TABLES_ONLY = (
     Study(
@@ -227,7 +52,7 @@ _TABLES_ONLY = (
     ),
 )
 
-STUDIES = {study.name: study for study in (_MODEL_PASS, _WARMUP, _ATTENTION_GRID, *_TABLES_ONLY)}
+STUDIES = {study.name: study for study in (*MODEL_STUDIES, *ATTENTION_STUDIES, *_TABLES_ONLY)}
 
 
 def study_of(name: str) -> Study:
@@ -249,6 +74,21 @@ def index_of(study: Study, rows: Sequence[Row]) -> list[str]:
     return [name for name in known if name in present] + [n for n in present if n not in known]
 
 
+def further(index: Sequence[str], named: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Return the parameters that tell cases apart which those named do not.
+
+    A parameter that the others settle, such as the batch size of a named shape, is none of them.
+    """
+    telling = list(named)
+    for param in index:
+        if param not in telling:
+            with_it = {(*(row.get(name) for name in telling), row.get(param)) for row in rows}
+            without = {tuple(row.get(name) for name in telling) for row in rows}
+            if len(with_it) > len(without):
+                telling.append(param)
+    return telling[len(named) :]
+
+
 def order_key(param: str, value: Any) -> tuple[int, float, str]:
     """Return the sort key of a parameter's value: tiny before small, 128 before 1024."""
     known = _ORDER.get(param, ())
@@ -258,7 +98,8 @@ def order_key(param: str, value: Any) -> tuple[int, float, str]:
         return (0, float(known.index(value)), "")
     if isinstance(value, int | float):
         return (1, float(value), "")
-    return (2, 0.0, str(value))
+    # Numbers within words by their size: D64 before D128.
+    return (2, 0.0, re.sub(r"\d+", lambda digits: digits[0].zfill(12), str(value)))
 
 
 def values_of(param: str, rows: Iterable[Row]) -> list[Any]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from tabulate import tabulate
 
 from cs336_systems.report import text
+from cs336_systems.report.cells import (
+    Cell,
+    Table,
+    cell,
+    escape,
+    markdown_table,
+    param_cell,
+    ranks,
+    scaled,
+    time_cell,
+)
 from cs336_systems.report.frame import TIME_COLUMNS, Frame, Row
 from cs336_systems.report.source import Hardware, stamp
+from cs336_systems.report.spec import Pivot, Study
 from cs336_systems.report.studies import (
-    Pivot,
-    Study,
     combinations_of,
+    further,
     index_of,
     sort_key,
     study_names,
@@ -22,28 +30,11 @@ from cs336_systems.report.studies import (
     values_of,
     word,
 )
+from cs336_systems.report.versus import versus_tables
 
-_RATES = ("tokens_per_s", "tflops", "share_of_peak", "peak_gib", "speedup")
+_RATES = ("tokens_per_s", "tflops", "intensity", "share_of_peak", "peak_gib", "speedup")
 # Past this many cases a reason names only the first ones.
 _NAMED_CASES = 3
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a table shows, and what a click on its heading sorts by."""
-
-    text: str
-    sort: float | str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Headings and cells; `numeric` columns are right-aligned."""
-
-    title: str
-    headers: Sequence[str]
-    numeric: Sequence[bool]
-    rows: Sequence[Sequence[Cell]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +86,12 @@ def _section(study: Study, hardware: Hardware, rows: Sequence[Row], name: str) -
     index = index_of(study, rows)
     rows = sorted(rows, key=lambda row: sort_key(index, [row.get(param) for param in index]))
     pivots = [table for pivot in study.pivots for table in _pivots(pivot, index, rows)]
+    against = [] if study.versus is None else versus_tables(study.versus, index, rows)
     return Section(
         study=study,
         hardware=hardware,
         rows=rows,
-        tables=[*pivots, all_cases(index, rows)],
+        tables=[*against, *pivots, all_cases(index, rows)],
         notes=[*_measured_notes(rows), *_outcome_notes(rows)],
         stamp=stamp((row["source"] for row in rows), hardware),
         brief_stamp=stamp((row["source"] for row in rows), hardware, brief=True),
@@ -147,49 +139,23 @@ def _renderer(column: str, rows: Sequence[Row]) -> tuple[str, Callable[[Row], Ce
         return text.header(column), lambda row: time_cell(row, column)
     if column.endswith("_bytes") and column.startswith(("metrics.", "counts.")):
         unit, size = text.byte_unit(row[column] for row in rows if row[column] is not None)
-        return text.header(column, unit), lambda row: _scaled(row[column], size)
+        return text.header(column, unit), lambda row: scaled(row[column], size)
     if column in rows[0]["case"] or column.startswith("case."):
-        ranks = _ranks(column, rows)
-        return text.header(column), lambda row: param_cell(row.get(column), ranks)
+        places = ranks(column, rows)
+        return text.header(column), lambda row: param_cell(row.get(column), places)
     return text.header(column), lambda row: cell(row.get(column))
 
 
-def cell(value: Any) -> Cell:
-    """Return the cell of a number or a word."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Cell(text.any_text(value), float(value))
-    return Cell(text.any_text(value), "" if value is None else str(value))
-
-
-def time_cell(row: Row | None, column: str = "median_ms") -> Cell:
-    """Return a time, or the outcome that took its place."""
-    if row is None:
-        return Cell(text.NOTHING, "")
-    if row["status"] != "ok":
-        return Cell(text.STATUS[row["status"]], text.STATUS[row["status"]])
-    return cell(row[column])
-
-
-def _ranks(param: str, rows: Sequence[Row]) -> dict[Any, int]:
-    return {value: rank for rank, value in enumerate(values_of(param, rows))}
-
-
-def param_cell(value: Any, ranks: Mapping[Any, int]) -> Cell:
-    """Return a parameter's cell, which sorts in the parameter's own order."""
-    return Cell(word(value), "" if value is None else float(ranks[value]))
-
-
-def _scaled(num_bytes: float | None, size: float) -> Cell:
-    return cell(None) if num_bytes is None else cell(num_bytes / size)
-
-
 def _pivots(pivot: Pivot, index: Sequence[str], rows: Sequence[Row]) -> list[Table]:
-    if pivot.columns not in index:
+    rows = [row for row in rows if all(row.get(k) == v for k, v in pivot.where.items())]
+    if pivot.columns not in index or not rows:
+        return []
+    if pivot.value not in TIME_COLUMNS and all(row.get(pivot.value) is None for row in rows):
         return []
     down = [param for param in pivot.rows if param in index]
     per = [param for param in pivot.per if param in index]
-    # Parameters that the pivot does not name must not collapse into one cell.
-    down += [param for param in index if param not in (*down, *per, pivot.columns)]
+    # Cases that the pivot's parameters do not tell apart must not collapse into one cell.
+    down += further(index, (*down, *per, pivot.columns), rows)
     tables = []
     for values in combinations_of(per, rows):
         chosen = [row for row in rows if tuple(row.get(param) for param in per) == values]
@@ -202,16 +168,16 @@ def _pivots(pivot: Pivot, index: Sequence[str], rows: Sequence[Row]) -> list[Tab
 def _pivot(title: str, pivot: Pivot, down: Sequence[str], rows: Sequence[Row]) -> Table:
     across = values_of(pivot.columns, rows)
     found = {(*(row.get(param) for param in down), row.get(pivot.columns)): row for row in rows}
-    ranks = [_ranks(param, rows) for param in down]
+    places = [ranks(param, rows) for param in down]
+    show, unit = _measure(pivot.value, rows)
     lines = []
     for values in combinations_of(down, rows):
-        heads = [param_cell(value, rank) for value, rank in zip(values, ranks, strict=True)]
-        times = [time_cell(found.get((*values, column)), pivot.value) for column in across]
-        lines.append([*heads, *times])
+        heads = [param_cell(value, place) for value, place in zip(values, places, strict=True)]
+        lines.append([*heads, *(show(found.get((*values, column))) for column in across)])
     named = text.header(pivot.columns)
     numbers = all(isinstance(value, int | float) for value in across)
     return Table(
-        title=title,
+        title=f"{title} ({unit})" if unit else title,
         headers=[
             *(text.header(param) for param in down),
             *(f"{named}={value}" if numbers else word(value) for value in across),
@@ -221,12 +187,30 @@ def _pivot(title: str, pivot: Pivot, down: Sequence[str], rows: Sequence[Row]) -
     )
 
 
+def _measure(column: str, rows: Sequence[Row]) -> tuple[Callable[[Row | None], Cell], str | None]:
+    """Return what makes a pivot's cells of a measure, and the unit of those in bytes."""
+    if not column.endswith("_bytes"):
+        return lambda row: time_cell(row, column), None
+    unit, size = text.byte_unit(row[column] for row in rows if row.get(column) is not None)
+
+    def show(row: Row | None) -> Cell:
+        if row is None or row["status"] != "ok":
+            return time_cell(row, column)
+        return scaled(row.get(column), size)
+
+    return show, unit
+
+
 def _measured_notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     for names, known in (("clock", text.CLOCKS), ("cache", text.CACHES)):
         values = sorted({row[names] for row in rows if row["median_ms"] is not None})
         if values:
             notes.append(f"{names.capitalize()}: {'; '.join(known[value] for value in values)}.")
+    calls = sorted({row["calls_per_round"] or 1 for row in rows if row["median_ms"] is not None})
+    if calls and calls[-1] > 1:
+        numbers = ", ".join(map(str, calls))
+        notes.append(f"Calls made back to back in a round: {numbers}; times are of one call.")
     baselines = sorted({row["baseline"] for row in rows if row["baseline"]})
     if baselines and any(row["speedup"] is not None for row in rows):
         notes.append(f"Speed-up: median of the row with {'; or '.join(baselines)} over the median.")
@@ -260,28 +244,6 @@ def markdown(section: Section) -> str:
     parts = [f"# {section.heading}", section.study.shows]
     for table in section.tables:
         parts += [f"## {table.title}", markdown_table(table)]
-    parts.append("\n".join(f"- {_escape(note)}" for note in section.notes))
-    parts.append("\n".join(f"Measured on: {_escape(line)}" for line in section.stamp))
+    parts.append("\n".join(f"- {escape(note)}" for note in section.notes))
+    parts.append("\n".join(f"Measured on: {escape(line)}" for line in section.stamp))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    """Return a table in Markdown, numbers to the right."""
-    return tabulate(
-        [[_escape_cell(cell.text) for cell in row] for row in table.rows],
-        headers=[_escape_cell(header) for header in table.headers],
-        tablefmt="pipe",
-        colalign=["right" if numeric else "left" for numeric in table.numeric],
-        disable_numparse=True,
-    )
-
-
-def _escape(line: str) -> str:
-    """Return one line in which nothing opens a tag or emphasis outside its code spans."""
-    spans = " ".join(line.split()).split("`")
-    spans[::2] = [span.replace("<", "&lt;").replace("*", r"\*") for span in spans[::2]]
-    return "`".join(spans)
-
-
-def _escape_cell(line: str) -> str:
-    return _escape(line).replace("|", r"\|")

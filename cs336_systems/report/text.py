@@ -31,6 +31,8 @@ _HEADERS = {
     "warmup_rounds": "warm-up rounds",
     "tokens_per_s": "tokens/s",
     "tflops": "model TFLOP/s",
+    "intensity": "intensity (FLOP/byte)",
+    "advantage": "time over ours (x)",
     "share_of_peak": "share of peak (%)",
     "peak_gib": "peak memory (GiB)",
     "speedup": "speed-up (x)",
