@@ -39,6 +39,15 @@ ATTENTION = Table(
             summary="the vectorised formula under torch.compile",
             needs=("compiler",),
         ),
+        "flash_attention_torch": Entry(
+            target=f"{_HERE}.flash_torch:flash_attention_torch",
+            summary="FlashAttention-2 in plain PyTorch, tile by tile",
+        ),
+        "flash_attention_torch_compiled": Entry(
+            target=f"{_HERE}.flash_torch:flash_attention_torch_compiled",
+            summary="FlashAttention-2 in plain PyTorch, the backward pass's tiles compiled",
+            needs=("compiler",),
+        ),
         "sdpa": Entry(
             target=f"{_HERE}.peers:sdpa",
             summary="torch's scaled_dot_product_attention, backend of torch's choice",
