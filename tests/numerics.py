@@ -22,24 +22,29 @@ def term_magnitudes(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    rounded_scores: bool = False,
     names: Sequence[str] = NAMES,
 ) -> tuple[float, ...]:
     """Return the largest terms that are summed for each of `names`: o, lse, dq, dk, dv.
 
     Terms may cancel (with one key dq is exactly 0), but each was rounded at its own magnitude.
+    With `rounded_scores`, a weight exp(S - L) may also err by the rounding of S and L, which are
+    held in fp32 at least: relative to the weight, that is by their magnitude times fp32's eps.
     """
+    score_eps = min(torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps, 1.0)
     scale = abs(scale_or_default(scale, q.shape[-1]))
     q, k, v, do = (tensor.detach().double().abs() for tensor in (q, k, v, do))
     k, v = repeat_heads(q, k, v)
     seen = causal_mask(q.shape[-2], k.shape[-2], q.device) if is_causal else True
     score = (scale * (q @ k.mT) * seen).max().item()
     score_gradient = (scale * (do @ v.mT) * seen).max().item()
+    roundings = 1 + (score_eps * score if rounded_scores else 0.0)
     largest = {
-        "o": v.max().item(),
+        "o": roundings * v.max().item(),
         "lse": score,
-        "dq": score_gradient * k.max().item(),
-        "dk": score_gradient * q.max().item(),
-        "dv": do.max().item(),
+        "dq": roundings * score_gradient * k.max().item(),
+        "dk": roundings * score_gradient * q.max().item(),
+        "dv": roundings * do.max().item(),
     }
     return tuple(largest[name] for name in names)
 

@@ -44,7 +44,7 @@ ATTENTION = Table(
             summary="FlashAttention-2 in plain PyTorch, tile by tile",
         ),
         "flash_attention_torch_compiled": Entry(
-            target=f"{_HERE}.flash_torch:flash_attention_torch_compiled",
+            target=f"{_HERE}.flash_torch_compiled:flash_attention_torch_compiled",
             summary="FlashAttention-2 in plain PyTorch, the backward pass's tiles compiled",
             needs=("compiler",),
         ),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,13 +50,6 @@ def flash_attention_torch(
     return FlashAttentionTorch.apply(q, *distinct(k, v), is_causal, scale)
 
 
-def flash_attention_torch_compiled(
-    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
-) -> Tensor:
-    """Return the same output; the backward pass runs each tile as one compiled graph."""
-    return FlashAttentionTorchCompiled.apply(q, *distinct(k, v), is_causal, scale)
-
-
 class FlashAttentionTorch(torch.autograd.Function):
     """Tiled attention that keeps q, k, v, O and L for its backward pass, nothing quadratic.
 
@@ -93,19 +85,7 @@ class FlashAttentionTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return _input_gradients(ctx, do, tile_gradients)
-
-
-class FlashAttentionTorchCompiled(FlashAttentionTorch):
-    """The same with a compiled backward pass.
-
-    Compiled is the work of one tile, for tiles of any size: the graph is small however long the
-    sequence, and memory grows with the sequence as before.
-    """
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return _input_gradients(ctx, do, _compiled_tile_gradients())
+        return input_gradients(ctx, do, tile_gradients)
 
 
 def flash_forward(
@@ -211,13 +191,6 @@ def tile_gradients(
     return TileGradients(ds_ij @ k_j, ds_ij.mT @ q_i, p_ij.mT @ do_i)
 
 
-@cache
-def _compiled_tile_gradients() -> Callable[..., TileGradients]:
-    # Not fullgraph: past torch's limit on recompilations (sizes of 1 each take one) tiles run
-    # eagerly, which is slower but no error.
-    return torch.compile(tile_gradients, dynamic=True)
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which scores, sums and gradients of `dtype` inputs are held."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -289,7 +262,7 @@ def _accumulable(tile: Tensor) -> Tensor:
     return tile.to(accumulation_dtype(tile.dtype))
 
 
-def _input_gradients(
+def input_gradients(
     ctx: Any, do: Tensor, step: Callable[..., TileGradients]
 ) -> tuple[Tensor | None, ...]:
     """Run the backward pass in full precision and return gradients in the inputs' dtypes."""
