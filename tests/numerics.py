@@ -3,43 +3,67 @@ must err."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cs336_systems.attention.arguments import repeat_heads, scale_or_default
+from cs336_systems.attention.masks import causal_mask
+
 NAMES = ("o", "dq", "dk", "dv")
 
 
-def term_magnitudes(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[float, ...]:
-    """Return the largest terms that are summed for o, dq, dk and dv.
+def term_magnitudes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rounded_scores: bool = False,
+    names: Sequence[str] = NAMES,
+) -> tuple[float, ...]:
+    """Return the largest terms that are summed for each of `names`: o, lse, dq, dk, dv.
 
     Terms may cancel (with one key dq is exactly 0), but each was rounded at its own magnitude.
+    With `rounded_scores`, a weight exp(S - L) may also err by the rounding of S and L, which are
+    held in fp32 at least: relative to the weight, that is by their magnitude times fp32's eps.
     """
+    score_eps = min(torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps, 1.0)
+    scale = abs(scale_or_default(scale, q.shape[-1]))
     q, k, v, do = (tensor.detach().double().abs() for tensor in (q, k, v, do))
-    scale = 1 / math.sqrt(q.shape[-1])
-    score_gradient = scale * (do @ v.transpose(-2, -1)).max().item()
-    return (
-        v.max().item(),
-        score_gradient * k.max().item(),
-        score_gradient * q.max().item(),
-        do.max().item(),
-    )
+    k, v = repeat_heads(q, k, v)
+    seen = causal_mask(q.shape[-2], k.shape[-2], q.device) if is_causal else True
+    score = (scale * (q @ k.mT) * seen).max().item()
+    score_gradient = (scale * (do @ v.mT) * seen).max().item()
+    roundings = 1 + (score_eps * score if rounded_scores else 0.0)
+    largest = {
+        "o": roundings * v.max().item(),
+        "lse": score,
+        "dq": roundings * score_gradient * k.max().item(),
+        "dk": roundings * score_gradient * q.max().item(),
+        "dv": roundings * do.max().item(),
+    }
+    return tuple(largest[name] for name in names)
 
 
 def assert_within_budget(
-    got: list[Tensor],
-    plain: list[Tensor],
-    truth: list[Tensor],
-    magnitudes: tuple[float, ...],
+    got: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    magnitudes: Sequence[float],
     factor: float = 3.0,
+    names: Sequence[str] = NAMES,
 ) -> None:
-    """Hold each of o, dq, dk, dv to `factor` times the plain formula's error and one rounding of
-    its terms."""
+    """Hold each of `names` to `factor` times the plain formula's error and one rounding of its
+    terms."""
     for name, mine, theirs, exact, magnitude in zip(
-        NAMES, got, plain, truth, magnitudes, strict=True
+        names, got, plain, truth, magnitudes, strict=True
     ):
-        assert mine.dtype == theirs.dtype
+        assert mine.dtype == theirs.dtype, f"{name}: {mine.dtype} for {theirs.dtype}"
+        assert mine.shape == exact.shape, f"{name}: {tuple(mine.shape)} for {tuple(exact.shape)}"
         error = (mine.double() - exact).abs().max().item()
         rounding = torch.finfo(mine.dtype).eps * magnitude
         budget = factor * (theirs.double() - exact).abs().max().item() + rounding

@@ -87,7 +87,7 @@ def check(
     plain = run(scaled_dot_prod_attention, q, k, v, do, **how)
     got = run(flash_attention_triton, q, k, v, do, deterministic=deterministic, **how)
     scale = how.get("scale")
-    magnitudes = term_magnitudes(q, k, v, do, scale=scale)
+    magnitudes = term_magnitudes(q, k, v, do, scale=scale, rounded_scores=True)
     assert_within_budget(got, plain, truth, magnitudes)
     check_lse(q, k, v, exact.lse, **how)
 
@@ -140,7 +140,8 @@ class TestAgainstFp64:
         scale: float | None,
     ) -> None:
         heads, lengths = (group * kv_heads, kv_heads), (num_queries, num_keys)
-        q, k, v, do = make(layout, heads, lengths, head_dim, dtype, seed)
+        batch = 2 if ON_GPU else 1
+        q, k, v, do = make(layout, heads, lengths, head_dim, dtype, seed, batch)
         check(q, k, v, do, is_causal=is_causal, scale=scale, deterministic=deterministic)
 
     @given(
@@ -158,9 +159,7 @@ class TestAgainstFp64:
         exact = reference_gradients(q, k, v, do, **how)
         got = run(flash_attention_triton, q, k, v, do, deterministic=deterministic, **how)
         plain = run(scaled_dot_prod_attention, q, k, v, do, **how)
-        magnitudes = term_magnitudes(q, k, v, do, scale=how["scale"])
-        # A logit of size s is rounded by s * eps, and so is every weight made from it.
-        magnitudes = tuple(magnitude * max(1.0, size) for magnitude in magnitudes)
+        magnitudes = term_magnitudes(q, k, v, do, **how, rounded_scores=True)
         assert_within_budget(got, plain, [exact.o, exact.dq, exact.dk, exact.dv], magnitudes)
         assert all(torch.isfinite(tensor).all() for tensor in got)
 
@@ -205,7 +204,7 @@ class TestKnownBugs:
         assert dk.shape == k.shape
         assert dv.shape == v.shape
 
-    @pytest.mark.parametrize("size", [1e6, 1e30])
+    @pytest.mark.parametrize("size", [1e5, 2.0**22])
     def test_no_finite_stand_in_for_minus_infinity(self, size: float) -> None:
         """flashinfer 4401: logits below the stand-in gave rows of 0."""
         q = torch.ones(1, 40, 16, device=DEVICE)
@@ -243,8 +242,8 @@ class TestKnownBugs:
 
     def test_deterministic_runs_are_bitwise_equal(self) -> None:
         """flash-attention 414, 746, 988: atomic additions in any order."""
-        size = 1000 if ON_GPU else 70
-        q, k, v, do = make("contiguous", (4, 2), (size, size), 64, torch.float16)
+        size, heads = (1000, (4, 2)) if ON_GPU else (70, (2, 1))
+        q, k, v, do = make("contiguous", heads, (size, size), 64, torch.float16, batch=1)
         how = {"is_causal": True, "deterministic": True}
         first = run(flash_attention_triton, q, k, v, do, **how)
         for _ in range(19):
@@ -385,8 +384,9 @@ class TestOperator:
     def test_second_derivative_is_refused(self) -> None:
         q, k, v, _ = make("contiguous", (1, 1), (8, 8), 16, torch.float32)
         o = flash_attention_triton(q, k, v)
-        with pytest.raises(UsageError, match="attention: create_graph must be False"):
-            torch.autograd.grad(o.sum(), q, create_graph=True)
+        (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="gradient must not be differentiated again"):
+            dq.sum().backward()
 
     def test_shapes_without_memory(self) -> None:
         q, k, v = (torch.empty(2, 4, 8, 16, device="meta") for _ in range(3))

@@ -39,6 +39,15 @@ ATTENTION = Table(
             summary="the vectorised formula under torch.compile",
             needs=("compiler",),
         ),
+        "flash_attention_torch": Entry(
+            target=f"{_HERE}.flash_torch:flash_attention_torch",
+            summary="FlashAttention-2 in plain PyTorch, tile by tile",
+        ),
+        "flash_attention_torch_compiled": Entry(
+            target=f"{_HERE}.flash_torch_compiled:flash_attention_torch_compiled",
+            summary="FlashAttention-2 in plain PyTorch, the backward pass's tiles compiled",
+            needs=("compiler",),
+        ),
         "flash_attention_triton": Entry(
             target=f"{_HERE}.flash_triton:flash_attention_triton",
             summary="FlashAttention-2 as Triton kernels, forward and backward",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from cs336_systems.errors import bad
@@ -63,12 +62,3 @@ def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def scale_or_default(scale: float | None, head_dim: int) -> float:
     """Return `scale`, or 1 / sqrt(head_dim) when it is None."""
     return 1 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
-
-
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors in autocast's dtype where it is on for their device, else as they are."""
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
-    return q.to(dtype), k.to(dtype), v.to(dtype)

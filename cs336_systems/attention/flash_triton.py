@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cs336_systems.attention.arguments import autocast, check_arguments, scale_or_default
+from cs336_systems.attention.arguments import check_arguments, scale_or_default
+from cs336_systems.attention.autograd import (
+    autocast_inputs,
+    distinct,
+    forbid_second_derivative,
+)
 from cs336_systems.attention.triton_run import backward, empty_like, forward
 from cs336_systems.errors import bad
 from cs336_systems.table import interpreting
@@ -39,14 +44,14 @@ def flash_attention_triton(
     dimension must be contiguous, others may have any strides. Grouped heads as in `attention`.
     Raises: UsageError naming what does not fit.
     """
-    return FlashAttentionTriton.apply(q, k, v, is_causal, scale, deterministic)
+    return FlashAttentionTriton.apply(q, *distinct(k, v), is_causal, scale, deterministic)
 
 
 class FlashAttentionTriton(torch.autograd.Function):
     """`apply(q, k, v, is_causal=False, scale=None, deterministic=False)`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -56,7 +61,7 @@ class FlashAttentionTriton(torch.autograd.Function):
         deterministic: bool = False,
     ) -> Tensor:
         """Compute O; keep q, k, v, O and L."""
-        q, k, v = autocast(q, k, v)
+        q, k, v = autocast_inputs(q, k, v)
         check_kernel_arguments(q, k, v)
         ctx.is_causal = is_causal
         ctx.scale = scale_or_default(scale, q.shape[-1])
@@ -67,17 +72,12 @@ class FlashAttentionTriton(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of q, k and v."""
         q, k, v, o, lse = ctx.saved_tensors
-        run = flash_attention_backward
-        if _at_once(do):
-            run = backward
-            if torch.is_grad_enabled():  # Else the second derivative would silently be 0.
-                rule = "be False: the kernels have no second derivative"
-                raise bad("attention", "create_graph", rule, True)
-        dq, dk, dv = run(do, q, k, v, o, lse, ctx.is_causal, ctx.scale, ctx.deterministic)
-        return dq, dk, dv, None, None, None
+        run = backward if _at_once(do) else flash_attention_backward
+        gradients = run(do, q, k, v, o, lse, ctx.is_causal, ctx.scale, ctx.deterministic)
+        return *forbid_second_derivative(gradients, q, k, v, do), None, None, None
 
 
 def check_kernel_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -105,7 +105,9 @@ def check_kernel_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _at_once(tensor: Tensor) -> bool:
     """Tell whether to launch kernels now: not while tracing, nor for tensors without memory."""
-    return type(tensor) in _PLAIN_TYPES and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN_TYPES:
+        return False
+    return tensor.device.type != "meta"
 
 
 # --- the same as operators, which tracing can see ---

@@ -160,9 +160,19 @@ _PORTABLE_SINGLE = {
     ),
 }
 
+# Triton's interpreter takes its time by the tile, whatever its size.
+_INTERPRETED = Tiles(
+    forward=_tile(64, 32, 4, 2),
+    one_pass=_tile(32, 64, 4, 2),
+    keys=_tile(32, 64, 4, 2),
+    queries=_tile(64, 32, 4, 2),
+)
+
 
 def tiles_for(q: Tensor) -> Tiles:
     """Return the tiles for (batch, heads, queries, head_dim) inputs like `q`."""
+    if q.device.type == "cpu":
+        return _INTERPRETED
     pad = max(16, 1 << (q.shape[3] - 1).bit_length())
     return choose(_architecture(q.device), q.dtype, pad)
 
@@ -177,7 +187,5 @@ def choose(architecture: int, dtype: torch.dtype, head_pad: int) -> Tiles:
 
 @cache
 def _architecture(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

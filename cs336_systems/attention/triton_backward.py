@@ -265,12 +265,13 @@ def _gather(
         # A row that does not exist has L = inf, so P = 0.
         L = tl.load(lse_ptr + offs_m, mask=offs_m < num_queries, other=float("inf"))
         ST = tl.dot(K, Q.T, input_precision=PRECISION)
-        PT = tl.exp2(ST * qk_scale - (L * LOG2_E)[None, :])
+        ST = ST * qk_scale - (L * LOG2_E)[None, :]
         if MASKED:
             seen = (offs_n < num_keys)[:, None]
             if CAUSAL:
                 seen = seen & (offs_m[None, :] >= offs_n[:, None])
-            PT = tl.where(seen, PT, 0.0)
+            ST = tl.where(seen, ST, float("-inf"))
+        PT = tl.exp2(ST)
         dO = load_tile(
             do, stride_dom, batch, head, m0, num_queries,
             BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
@@ -430,13 +431,14 @@ def _spread(
             BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, TMA, WIDE,
         )  # fmt: skip
         S = tl.dot(Q, K.T, input_precision=PRECISION)
-        P = tl.exp2(S * qk_scale - L[:, None])
+        S = S * qk_scale - L[:, None]
         if MASKED:
             offs_n = n0 + tl.arange(0, BLOCK_N)
             seen = (offs_n < num_keys)[None, :]
             if CAUSAL:
                 seen = seen & (offs_m[:, None] >= offs_n[None, :])
-            P = tl.where(seen, P, 0.0)
+            S = tl.where(seen, S, float("-inf"))
+        P = tl.exp2(S)
         V = load_tile(
             v, stride_vn, batch, kv_head, n0, num_keys,
             BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, TMA, WIDE,
