@@ -190,6 +190,15 @@ def test_half_inputs_are_computed_in_fp32(dtype: torch.dtype) -> None:
     assert_within_budget(run(qkv, do, case), plain, truth, magnitudes, names=NAMES)
 
 
+def test_tiles_are_summed_in_fp32() -> None:
+    """1024 tiles each add 4 to the sum behind O and 1/1024 to dq: bf16 would stop at a quarter."""
+    sign = torch.tensor([1.0, -1.0], device=DEVICE, dtype=torch.bfloat16).repeat(2048)[:, None]
+    q, do = torch.zeros_like(sign[:1]), torch.ones_like(sign[:1])
+    o, _, dq, *_ = run([q, sign, 1 + sign], do, Case(scale=1.0))
+    assert o.item() == 1.0
+    assert dq.item() == 1.0
+
+
 class TestStrides:
     """Inputs that are views of something else."""
 
@@ -398,7 +407,7 @@ class TestCompile:
         torch._dynamo.reset()
         function = torch.compile(FlashAttentionTorch.apply, fullgraph=True, backend="aot_eager")
         for length, scale in ((9, None), (10, 0.3)):
-            *qkv, do = inputs(13, (2,), (length, 5), 8)
+            *qkv, do = inputs(13, (2,), (length, length), 8)
             case = Case(True, scale, Tiles(8, 8))
             eager = run(qkv, do, case)
             leaves = [x.requires_grad_() for x in qkv]
