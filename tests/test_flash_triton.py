@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import assert_within_budget, term_magnitudes
 from torch import Tensor
 
-from cs336_systems.attention import triton_launch, triton_run
+from cs336_systems.attention import triton_launch, triton_replay, triton_run
 from cs336_systems.attention.arguments import repeat_heads
 from cs336_systems.attention.flash_triton import (
     FlashAttentionTriton,
@@ -264,6 +264,7 @@ class TestKnownBugs:
     ) -> None:
         """triton 4217, 9230: an unwritten region looked right by luck; here it would be NaN."""
         empty_like, new_empty = torch.empty_like, Tensor.new_empty
+        empty_strided = torch.empty_strided
 
         def poisoned_like(*args: Any, **kwargs: Any) -> Tensor:
             return empty_like(*args, **kwargs).fill_(float("nan"))
@@ -272,11 +273,16 @@ class TestKnownBugs:
             poisoned.append(new_empty(*args, **kwargs).fill_(float("nan")))
             return poisoned[-1]
 
+        def poisoned_strided(*args: Any, **kwargs: Any) -> Tensor:
+            poisoned.append(empty_strided(*args, **kwargs).fill_(float("nan")))
+            return poisoned[-1]
+
         poisoned: list[Tensor] = []
         q, k, v, do = make("batch, seq, heads", (2, 1), (129, 65), 24, torch.float32)
         clean = [run(flash_attention_triton, q, k, v, do, deterministic=d) for d in (False, True)]
         monkeypatch.setattr(triton_run.torch, "empty_like", poisoned_like)
         monkeypatch.setattr(Tensor, "new_empty", poisoned_new)
+        monkeypatch.setattr(triton_replay.torch, "empty_strided", poisoned_strided)
         for deterministic, expected in zip((False, True), clean, strict=True):
             got = run(flash_attention_triton, q, k, v, do, deterministic=deterministic)
             for mine, theirs in zip(got, expected, strict=True):

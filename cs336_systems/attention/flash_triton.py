@@ -62,12 +62,14 @@ class FlashAttentionTriton(torch.autograd.Function):
     ) -> Tensor:
         """Compute O; keep q, k, v, O and L."""
         q, k, v = autocast_inputs(q, k, v)
-        check_kernel_arguments(q, k, v)
         ctx.is_causal = is_causal
         ctx.scale = scale_or_default(scale, q.shape[-1])
         ctx.deterministic = deterministic
-        run = forward if _at_once(q) else flash_attention_forward
-        o, lse = run(q, k, v, ctx.is_causal, ctx.scale)
+        if _at_once(q):
+            o, lse = forward(q, k, v, is_causal, ctx.scale, check_kernel_arguments)
+        else:
+            check_kernel_arguments(q, k, v)
+            o, lse = flash_attention_forward(q, k, v, is_causal, ctx.scale)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 

@@ -26,6 +26,10 @@ from cs336_systems.attention.triton_forward import forward_kernel
 L2_BYTES = 32 * 2**20
 """What a section of heads may read again and again; a little less than recent GPUs' L2."""
 PREPROCESS_ROWS = 64
+ALIGNMENT = 16
+"""Bytes: what kernels are compiled to know, or not, of an address."""
+TMA_FLOPS = 2e9
+"""Below it, describing tensors to the accelerator costs more host time than it saves."""
 _WIDE = 2**31
 
 
@@ -38,9 +42,9 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Queue the kernel."""
-        self.kernel[(self.num_programs,)](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Queue the kernel; return it compiled, or None in Triton's interpreter."""
+        return self.kernel[(self.num_programs,)](**self.arguments, **self.options)
 
 
 def as_4d(tensor: Tensor) -> Tensor:
@@ -63,7 +67,9 @@ def fits_tma(tensor: Tensor) -> bool:
     """Tell whether a (batch, heads, rows, head_dim) tensor can be loaded by the accelerator."""
     size = tensor.element_size()
     strides = (s for s, n in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if n > 1)
-    return tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides)
+    return tensor.data_ptr() % ALIGNMENT == 0 and all(
+        s > 0 and s * size % ALIGNMENT == 0 for s in strides
+    )
 
 
 def plan_forward(
@@ -74,7 +80,7 @@ def plan_forward(
     batch, num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
     num_tiles = triton.cdiv(num_queries, tile.block_m)
-    tma = tile.tma and all(fits_tma(tensor) for tensor in (q, k, v))
+    tma = _use_tma(tile, k.shape[2], q, k, v)
     pad = head_pad(head_dim)
     sources = {
         "q": _source(q, tile.block_m, pad, tma),
@@ -165,7 +171,7 @@ def plan_keys(
     batch, num_heads, num_queries, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
     num_tiles = triton.cdiv(num_keys, tile.block_n)
-    tma = tile.tma and all(fits_tma(tensor) for tensor in (q, k, v, do))
+    tma = _use_tma(tile, k.shape[2], q, k, v, do)
     pad = head_pad(head_dim)
     sums: Any = delta if dq_sum is None else dq_sum
     if tma:
@@ -215,7 +221,7 @@ def plan_queries(
     batch, num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
     num_tiles = triton.cdiv(num_queries, tile.block_m)
-    tma = tile.tma and all(fits_tma(tensor) for tensor in (q, k, v, do))
+    tma = _use_tma(tile, k.shape[2], q, k, v, do)
     pad = head_pad(head_dim)
     arguments = {
         "q": _source(q, tile.block_m, pad, tma),
@@ -245,6 +251,11 @@ def plan_queries(
         "WIDE": _wide(tile, q, k, v, do, dq),
     }
     return _launch(queries_kernel, num_tiles * batch * num_heads, arguments, tile)
+
+
+def _use_tma(tile: Tile, num_keys: int, q: Tensor, *others: Tensor) -> bool:
+    enough = 4 * q.numel() * num_keys >= TMA_FLOPS
+    return tile.tma and enough and all(fits_tma(tensor) for tensor in (q, *others))
 
 
 def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:

@@ -1,17 +1,22 @@
-"""From tensors of any leading dimensions to kernels in order: outputs, tiles, launches."""
+"""From tensors of any leading dimensions to kernels in order: outputs, tiles, launches.
+
+What is launched depends on shapes, strides and settings only, so it is planned once and replayed:
+on small inputs planning would take longer than the kernels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, tiles_for
+from cs336_systems.attention.tiles import ROWS_MULTIPLE, tiles_for
 from cs336_systems.attention.triton_launch import (
-    Launch,
+    ALIGNMENT,
     as_4d,
     head_pad,
     plan_forward,
@@ -20,24 +25,38 @@ from cs336_systems.attention.triton_launch import (
     plan_preprocess,
     plan_queries,
 )
+from cs336_systems.attention.triton_replay import Plan, Replay
 from cs336_systems.table import interpreting
+
+MOST_PLANS = 4096
+"""Plans kept; inputs of ever new shapes must not fill the memory."""
+Check = Callable[[Tensor, Tensor, Tensor], None]
+
+
+_REPLAYS: dict[tuple[Any, ...], Replay] = {}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, check: Check | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return O and L. A row that sees no key has O = 0 and L = -inf."""
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    q4, k4, v4 = as_4d(q), as_4d(k), as_4d(v)
-    o = empty_like(q4)
-    if k4.shape[2] == 0 or q4.numel() == 0:
-        return o.zero_().view(q.shape), lse.fill_(float("-inf"))
-    tile = tiles_for(q4).forward_for(k4.shape[2])
-    launch = plan_forward(
-        q4, k4, v4, o, lse, causal=is_causal, scale=scale, precision=precision(q.dtype), tile=tile
-    )
-    _run(q4, launch)
-    return o.view(q.shape), lse
+    """Return O and L. A row that sees no key has O = 0 and L = -inf.
+
+    `check` is called unless inputs of the same shapes, strides and kinds have passed it before.
+    """
+    inputs = {"q": q, "k": k, "v": v}
+    key = _key("forward", is_causal, scale, precision(q.dtype), **inputs)
+    if (replay := _REPLAYS.get(key)) is not None:
+        with _on(q.device):
+            made = replay.run(inputs)
+        return made["o"].view(q.shape), made["lse"].view(q.shape[:-1])
+    if check is not None:
+        check(q, k, v)
+    if k.shape[-2] == 0 or q.numel() == 0:
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+        return empty_like(q).zero_(), lse
+    plan = _plan_forward(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
+    made = _first_run(key, inputs, plan)
+    return made["o"].view(q.shape), made["lse"].view(q.shape[:-1])
 
 
 def backward(
@@ -52,53 +71,22 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dQ, dK and dV."""
-    q4, k4, v4, o4 = as_4d(q), as_4d(k), as_4d(v), as_4d(o)
-    dq, dk, dv = empty_like(q4), empty_like(k4), empty_like(v4)
-    if k4.shape[2] == 0 or q4.numel() == 0:
-        for gradient in (dq, dk, dv):
-            gradient.zero_()
-    else:
+    if do.stride(-1) != 1 and do.shape[-1] > 1:
         # The gradient of a sum is one number expanded: no stride of 1 anywhere.
-        do4 = as_4d(do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous())
-        one_pass = tiles_for(q4).one_pass
-        if deterministic or torch.are_deterministic_algorithms_enabled():
-            one_pass = None
-        plan = _plan_two_passes if one_pass is None else partial(_plan_one_pass, one_pass)
-        _run(q4, *plan(do4, q4, k4, v4, o4, lse, dq, dk, dv, is_causal, scale))
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
-
-
-def _plan_one_pass(
-    tile: Tile, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,
-) -> list[Launch]:  # fmt: skip
-    num_rows = triton.cdiv(q.shape[2], ROWS_MULTIPLE) * ROWS_MULTIPLE
-    delta = torch.empty_like(lse)
-    shape = (q.shape[0] * q.shape[1] * num_rows, head_pad(q.shape[3]))
-    dq_sum = q.new_empty(shape, dtype=torch.float32)
-    keys = plan_keys(
-        q, k, v, do, lse, delta, dq_sum, dk, dv, num_rows=num_rows, causal=causal, scale=scale,
-        precision=precision(q.dtype), tile=tile,
-    )  # fmt: skip
-    before = plan_preprocess(o, do, delta, dq_sum, num_rows)
-    return [before, keys, plan_postprocess(dq_sum, dq, num_rows, scale)]
-
-
-def _plan_two_passes(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,
-) -> list[Launch]:  # fmt: skip
-    tiles = tiles_for(q)
-    delta = torch.empty_like(lse)
-    keys = plan_keys(
-        q, k, v, do, lse, delta, None, dk, dv, num_rows=q.shape[2], causal=causal, scale=scale,
-        precision=precision(q.dtype), tile=tiles.keys,
-    )  # fmt: skip
-    queries = plan_queries(
-        q, k, v, do, lse, delta, dq, causal=causal, scale=scale, precision=precision(q.dtype),
-        tile=tiles.queries,
-    )  # fmt: skip
-    return [plan_preprocess(o, do, delta, None, q.shape[2]), keys, queries]
+        do = do.contiguous()
+    inputs = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    key = _key("backward", is_causal, scale, precision(q.dtype), deterministic, **inputs)
+    if (replay := _REPLAYS.get(key)) is not None:
+        with _on(q.device):
+            made = replay.run(inputs)
+        return made["dq"].view(q.shape), made["dk"].view(k.shape), made["dv"].view(v.shape)
+    if k.shape[-2] == 0 or q.numel() == 0:
+        dq, dk, dv = (empty_like(tensor).zero_() for tensor in (q, k, v))
+        return dq, dk, dv
+    views = [as_4d(tensor) for tensor in (do, q, k, v, o)]
+    made = _first_run(key, inputs, _plan_backward(views, lse, is_causal, scale, deterministic))
+    return made["dq"].view(q.shape), made["dk"].view(k.shape), made["dv"].view(v.shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -116,10 +104,69 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "bf16x6"
 
 
-def _run(tensor: Tensor, *launches: Launch) -> None:
-    with _on(tensor.device):
-        for launch in launches:
-            launch.run()
+def _plan_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Plan:
+    o, lse = empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    launch = plan_forward(
+        q, k, v, o, lse, causal=causal, scale=scale, precision=precision(q.dtype),
+        tile=tiles_for(q).forward_for(k.shape[2]),
+    )  # fmt: skip
+    return Plan([launch], {"q": q, "k": k, "v": v}, {"o": o, "lse": lse})
+
+
+def _plan_backward(
+    views: list[Tensor], lse: Tensor, causal: bool, scale: float, deterministic: bool
+) -> Plan:
+    do, q, k, v, o = views
+    tiles = tiles_for(q)
+    made = {"dq": empty_like(q), "dk": empty_like(k), "dv": empty_like(v)}
+    made["delta"] = q.new_empty(lse.shape, dtype=torch.float32)
+    how: dict[str, Any] = {"causal": causal, "scale": scale, "precision": precision(q.dtype)}
+    one_pass = None if deterministic else tiles.one_pass
+    num_rows = q.shape[2]
+    dq_sum = None
+    if one_pass is not None:
+        num_rows = triton.cdiv(num_rows, ROWS_MULTIPLE) * ROWS_MULTIPLE
+        shape = (q.shape[0] * q.shape[1] * num_rows, head_pad(q.shape[3]))
+        made["dq_sum"] = dq_sum = q.new_empty(shape, dtype=torch.float32)
+    launches = [
+        plan_preprocess(o, do, made["delta"], dq_sum, num_rows),
+        plan_keys(
+            q, k, v, do, lse, made["delta"], dq_sum, made["dk"], made["dv"],
+            num_rows=num_rows, **how, tile=one_pass or tiles.keys,
+        ),
+    ]  # fmt: skip
+    if dq_sum is not None:
+        launches.append(plan_postprocess(dq_sum, made["dq"], num_rows, scale))
+    else:
+        launches.append(
+            plan_queries(
+                q, k, v, do, lse, made["delta"], made["dq"], **how, tile=tiles.queries
+            )
+        )  # fmt: skip
+    return Plan(launches, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}, made)
+
+
+def _key(*settings: Any, **tensors: Tensor) -> tuple[Any, ...]:
+    """Return all that a plan depends on."""
+    return (
+        settings,
+        *(
+            (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNMENT)
+            for t in tensors.values()
+        ),
+    )
+
+
+def _first_run(key: tuple[Any, ...], inputs: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Run a plan and keep it, unless it worked on copies of its inputs."""
+    with _on(inputs["q"].device):
+        replay = plan.run()
+    in_place = all(plan.inputs[name].data_ptr() == inputs[name].data_ptr() for name in inputs)
+    if replay is not None and in_place:
+        if len(_REPLAYS) >= MOST_PLANS:
+            _REPLAYS.clear()
+        _REPLAYS[key] = replay
+    return plan.results
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
