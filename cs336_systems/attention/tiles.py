@@ -116,9 +116,9 @@ _HOPPER_SINGLE = {
         queries=_tile(64, 16, 8, 2),
     ),
     256: Tiles(
-        forward=_tile(64, 16, 8, 1, spilled=2000),
-        keys=_tile(16, 16, 8, 1, spilled=2000),
-        queries=_tile(16, 16, 8, 1, spilled=2000),
+        forward=_tile(64, 16, 8, 1, spilled=48),
+        keys=_tile(16, 16, 8, 1, spilled=272),
+        queries=_tile(16, 16, 8, 1, spilled=256),
     ),
 }
 _PORTABLE_HALF = {
@@ -149,14 +149,14 @@ _PORTABLE_SINGLE = {
     32: Tiles(forward=_tile(32, 32, 4, 2), keys=_tile(32, 32, 4, 2), queries=_tile(32, 32, 4, 2)),
     64: Tiles(forward=_tile(32, 32, 4, 2), keys=_tile(16, 32, 4, 2), queries=_tile(32, 32, 4, 2)),
     128: Tiles(
-        forward=_tile(32, 16, 4, 2, spilled=2000),
-        keys=_tile(16, 32, 4, 1, spilled=2000),
-        queries=_tile(32, 16, 4, 1, spilled=2000),
+        forward=_tile(32, 16, 4, 2),
+        keys=_tile(16, 32, 4, 1, spilled=232),
+        queries=_tile(32, 16, 4, 1, spilled=120),
     ),
     256: Tiles(
-        forward=_tile(16, 16, 4, 1, spilled=2000),
-        keys=_tile(16, 16, 4, 1, spilled=2000),
-        queries=_tile(16, 16, 4, 1, spilled=2000),
+        forward=_tile(16, 16, 4, 1, spilled=192),
+        keys=_tile(16, 16, 4, 1, spilled=752),
+        queries=_tile(16, 16, 4, 1, spilled=592),
     ),
 }
 

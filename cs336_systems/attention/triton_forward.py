@@ -52,7 +52,7 @@ def forward_kernel(
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Compute O and L of BLOCK_M queries; qk_scale is |scale| * log2(e), NEGATE its sign."""
+    """Compute O and L of BLOCK_M queries; qk_scale is |scale| * log2(e) > 0, NEGATE its sign."""
     tile, batch_head = locate(tl.program_id(0), num_tiles, num_batch_heads, section)
     if CAUSAL:  # The last queries see the most keys: longest first.
         tile = num_tiles - 1 - tile
@@ -140,12 +140,9 @@ def _attend(
             seen = (offs_n < num_keys)[None, :]
             if CAUSAL:
                 seen = seen & (offs_m[:, None] >= offs_n[None, :])
-            S = tl.where(seen, S * qk_scale, float("-inf"))
-            m_new = tl.maximum(m_i, tl.max(S, 1))
-            P = tl.exp2(S - m_new[:, None])
-        else:
-            m_new = tl.maximum(m_i, tl.max(S, 1) * qk_scale)
-            P = tl.exp2(S * qk_scale - m_new[:, None])
+            S = tl.where(seen, S, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(S, 1) * qk_scale)
+        P = tl.exp2(S * qk_scale - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(P, 1)
         acc = acc * alpha[:, None]

@@ -25,11 +25,12 @@ from cs336_systems.attention.triton_forward import forward_kernel
 
 L2_BYTES = 32 * 2**20
 """What a section of heads may read again and again; a little less than recent GPUs' L2."""
-PREPROCESS_ROWS = 64
+_ROW_TILE_ELEMENTS = 64 * 128
 ALIGNMENT = 16
 """Bytes: what kernels are compiled to know, or not, of an address."""
 TMA_FLOPS = 2e9
 """Below it, describing tensors to the accelerator costs more host time than it saves."""
+LEAST_SCALE = 1e-30
 _WIDE = 2**31
 
 
@@ -98,7 +99,8 @@ def plan_forward(
         "num_keys": num_keys,
         "num_tiles": num_tiles,
         "section": _section(k, num_heads // k.shape[1]),
-        "qk_scale": abs(scale) * math.log2(math.e),
+        # Not 0, which would make NaN of a masked score's -inf.
+        "qk_scale": max(abs(scale) * math.log2(math.e), LEAST_SCALE),
         "GROUP": num_heads // k.shape[1],
         "HEAD_DIM": head_dim,
         "HEAD_PAD": pad,
@@ -119,8 +121,8 @@ def plan_preprocess(
 ) -> Launch:
     """Return the launch that computes D and clears the dQ buffer of `num_rows` rows a head."""
     batch, num_heads, num_queries, head_dim = o.shape
-    num_tiles = triton.cdiv(num_rows, PREPROCESS_ROWS)
-    tile = Tile(block_m=PREPROCESS_ROWS, block_n=16, num_warps=4, num_stages=1)
+    tile = _row_tile(head_dim)
+    num_tiles = triton.cdiv(num_rows, tile.block_m)
     arguments = {
         "o_ptr": o,
         "do_ptr": do,
@@ -133,7 +135,7 @@ def plan_preprocess(
         "num_tiles": num_tiles,
         "HEAD_DIM": head_dim,
         "HEAD_PAD": head_pad(head_dim),
-        "BLOCK_M": PREPROCESS_ROWS,
+        "BLOCK_M": tile.block_m,
         "CLEAR": dq_sum is not None,
         "WIDE": _wide(tile, o, do),
     }
@@ -143,8 +145,8 @@ def plan_preprocess(
 def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) -> Launch:
     """Return the launch that rounds the dQ buffer into dQ."""
     batch, num_heads, num_queries, head_dim = dq.shape
-    num_tiles = triton.cdiv(num_queries, PREPROCESS_ROWS)
-    tile = Tile(block_m=PREPROCESS_ROWS, block_n=16, num_warps=4, num_stages=1)
+    tile = _row_tile(head_dim)
+    num_tiles = triton.cdiv(num_queries, tile.block_m)
     arguments = {
         "dq_sum_ptr": dq_sum,
         "dq_ptr": dq,
@@ -156,7 +158,7 @@ def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) ->
         "scale": scale,
         "HEAD_DIM": head_dim,
         "HEAD_PAD": head_pad(head_dim),
-        "BLOCK_M": PREPROCESS_ROWS,
+        "BLOCK_M": tile.block_m,
         "WIDE": _wide(tile, dq),
     }
     return _launch(postprocess_kernel, num_tiles * batch * num_heads, arguments, tile)
@@ -251,6 +253,12 @@ def plan_queries(
         "WIDE": _wide(tile, q, k, v, do, dq),
     }
     return _launch(queries_kernel, num_tiles * batch * num_heads, arguments, tile)
+
+
+def _row_tile(head_dim: int) -> Tile:
+    """Return the tile of the kernels before and after, which multiply nothing."""
+    rows = min(64, _ROW_TILE_ELEMENTS // head_pad(head_dim))
+    return Tile(block_m=rows, block_n=16, num_warps=4, num_stages=1)
 
 
 def _use_tma(tile: Tile, num_keys: int, q: Tensor, *others: Tensor) -> bool:
