@@ -58,13 +58,14 @@ def assert_within_budget(
     names: Sequence[str] = NAMES,
 ) -> None:
     """Hold each of `names` to `factor` times the plain formula's error and one rounding of its
-    terms."""
+    largest term or of the largest sum."""
     for name, mine, theirs, exact, magnitude in zip(
         names, got, plain, truth, magnitudes, strict=True
     ):
         assert mine.dtype == theirs.dtype, f"{name}: {mine.dtype} for {theirs.dtype}"
         assert mine.shape == exact.shape, f"{name}: {tuple(mine.shape)} for {tuple(exact.shape)}"
         error = (mine.double() - exact).abs().max().item()
-        rounding = torch.finfo(mine.dtype).eps * magnitude
+        largest = exact.abs().max().item() if exact.numel() else 0.0
+        rounding = torch.finfo(mine.dtype).eps * max(magnitude, largest)
         budget = factor * (theirs.double() - exact).abs().max().item() + rounding
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
