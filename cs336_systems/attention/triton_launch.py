@@ -73,6 +73,11 @@ def fits_tma(tensor: Tensor) -> bool:
     )
 
 
+def loads_in_vectors(tensor: Tensor) -> bool:
+    """Tell whether rows begin and end on whole 16 bytes, so that pointers load asynchronously."""
+    return fits_tma(tensor) and tensor.shape[-1] * tensor.element_size() % ALIGNMENT == 0
+
+
 def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, causal: bool, scale: float,
     precision: str, tile: Tile,

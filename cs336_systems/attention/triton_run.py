@@ -19,6 +19,7 @@ from cs336_systems.attention.triton_launch import (
     ALIGNMENT,
     as_4d,
     head_pad,
+    loads_in_vectors,
     plan_forward,
     plan_keys,
     plan_postprocess,
@@ -122,6 +123,10 @@ def _plan_backward(
     made["delta"] = q.new_empty(lse.shape, dtype=torch.float32)
     how: dict[str, Any] = {"causal": causal, "scale": scale, "precision": precision(q.dtype)}
     one_pass = None if deterministic else tiles.one_pass
+    if not (loads_in_vectors(q) and loads_in_vectors(do)):
+        # Triton 3.6 compiles the one-pass kernel wrong where it cannot pipeline these loads: with
+        # 32 queries to a tile it accesses illegal memory.
+        one_pass = None
     num_rows = q.shape[2]
     dq_sum = None
     if one_pass is not None:
