@@ -149,6 +149,7 @@ def keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
     ADD_DQ: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
@@ -177,21 +178,23 @@ def keys_kernel(
         start = row0 // BLOCK_M * BLOCK_M
         unmasked = tl.cdiv(row0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
         unmasked = tl.maximum(start, tl.minimum(unmasked, num_queries))
-    if row0 + BLOCK_N > num_keys:  # Keys that do not exist must get no weight either.
-        unmasked = num_queries
+    if KEY_TAIL:  # noqa: SIM102 - a constant. Keys that do not exist must get no weight either.
+        if row0 + BLOCK_N > num_keys:
+            unmasked = num_queries
     for member in range(GROUP):
         head = kv_head * GROUP + member
         q_head = head_of(q, stride_qb, stride_qh, batch, head, TMA)
         do_head = head_of(do, stride_dob, stride_doh, batch, head, TMA)
         rows = (batch * num_kv_heads * GROUP + head).to(tl.int64)
         lse_head, delta_head = lse_ptr + rows * num_queries, delta_ptr + rows * num_queries
-        dK, dV = _gather(
-            dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
-            q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
-            stride_qm, stride_dom, batch, head, row0, start, unmasked, num_queries, num_keys,
-            qk_scale,
-            HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, ADD_DQ, PRECISION, TMA, WIDE,
-        )  # fmt: skip
+        if CAUSAL or KEY_TAIL:
+            dK, dV = _gather(
+                dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
+                q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
+                stride_qm, stride_dom, batch, head, row0, start, unmasked, num_queries, num_keys,
+                qk_scale,
+                HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, ADD_DQ, PRECISION, TMA, WIDE,
+            )  # fmt: skip
         dK, dV = _gather(
             dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
             q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
@@ -329,6 +332,7 @@ def queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
@@ -368,11 +372,12 @@ def queries_kernel(
         k, v, stride_kn, stride_vn, batch, kv_head, 0, unmasked, num_keys, qk_scale,
         HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, False, PRECISION, TMA, WIDE,
     )  # fmt: skip
-    dQ = _spread(
-        dQ, Q, dO, L, D, q, do, stride_qm, stride_dom, head, row0, num_queries,
-        k, v, stride_kn, stride_vn, batch, kv_head, unmasked, visible, num_keys, qk_scale,
-        HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, PRECISION, TMA, WIDE,
-    )  # fmt: skip
+    if CAUSAL or KEY_TAIL:
+        dQ = _spread(
+            dQ, Q, dO, L, D, q, do, stride_qm, stride_dom, head, row0, num_queries,
+            k, v, stride_kn, stride_vn, batch, kv_head, unmasked, visible, num_keys, qk_scale,
+            HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, PRECISION, TMA, WIDE,
+        )  # fmt: skip
     dq_head = head_of(dq_ptr, stride_dqb, stride_dqh, batch, head, False)
     store_tile(
         dq_head, stride_dqm, row0, num_queries, dQ * scale, BLOCK_M, HEAD_DIM, HEAD_PAD, WIDE

@@ -181,11 +181,9 @@ def plan_keys(
     tma = _use_tma(tile, k.shape[2], q, k, v, do)
     pad = head_pad(head_dim)
     sums: Any = delta if dq_sum is None else dq_sum
-    if tma:
+    if tma and dq_sum is not None:
         rows = batch * num_heads * num_rows
-        sums = TensorDescriptor(
-            sums, [rows if dq_sum is not None else 1, pad], [pad, 1], [tile.block_m, pad]
-        )
+        sums = TensorDescriptor(sums, [rows, pad], [pad, 1], [tile.block_m, pad])
     arguments = {
         "q": _source(q, tile.block_m, pad, tma),
         "k": _source(k, tile.block_n, pad, tma),
@@ -212,6 +210,7 @@ def plan_keys(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "CAUSAL": causal,
+        "KEY_TAIL": num_keys % tile.block_n != 0,
         "ADD_DQ": dq_sum is not None,
         "PRECISION": precision,
         "TMA": tma,
@@ -253,6 +252,7 @@ def plan_queries(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "CAUSAL": causal,
+        "KEY_TAIL": num_keys % tile.block_n != 0,
         "PRECISION": precision,
         "TMA": tma,
         "WIDE": _wide(tile, q, k, v, do, dq),
