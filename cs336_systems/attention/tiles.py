@@ -2,7 +2,8 @@
 
 Keyed by architecture, dtype and head dimension. Times are of one H200; for other architectures the
 tiles are those that compile to the fewest spilled registers (`compile_only` shows them) and fit the
-99 KiB of shared memory that the smallest GPU of the kind has.
+99 KiB of shared memory that the smallest GPU of the kind has. With CS336_AUTOTUNE=1 in the
+environment `autotune` measures some others against them, and the fastest is used.
 """
 
 from __future__ import annotations

@@ -14,9 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from cs336_systems.attention.tiles import ROWS_MULTIPLE, tiles_for
+from cs336_systems.attention import autotune
+from cs336_systems.attention.autotune import Planner, Results
+from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, tiles_for
 from cs336_systems.attention.triton_launch import (
     ALIGNMENT,
+    Launch,
     as_4d,
     head_pad,
     loads_in_vectors,
@@ -106,12 +109,15 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def _plan_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Plan:
-    o, lse = empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    launch = plan_forward(
-        q, k, v, o, lse, causal=causal, scale=scale, precision=precision(q.dtype),
-        tile=tiles_for(q).forward_for(k.shape[2]),
-    )  # fmt: skip
-    return Plan([launch], {"q": q, "k": k, "v": v}, {"o": o, "lse": lse})
+    def launch(made: Results, tile: Tile) -> Launch:
+        return plan_forward(
+            q, k, v, made["o"], made["lse"], causal=causal, scale=scale,
+            precision=precision(q.dtype), tile=tile,
+        )  # fmt: skip
+
+    made = {"o": empty_like(q), "lse": q.new_empty(q.shape[:-1], dtype=torch.float32)}
+    tile = _tile("forward", tiles_for(q).forward_for(k.shape[2]), made, launch)
+    return Plan([launch(made, tile)], {"q": q, "k": k, "v": v}, made)
 
 
 def _plan_backward(
@@ -128,27 +134,42 @@ def _plan_backward(
         # 32 queries to a tile it accesses illegal memory.
         one_pass = None
     num_rows = q.shape[2]
-    dq_sum = None
     if one_pass is not None:
         num_rows = triton.cdiv(num_rows, ROWS_MULTIPLE) * ROWS_MULTIPLE
         shape = (q.shape[0] * q.shape[1] * num_rows, head_pad(q.shape[3]))
-        made["dq_sum"] = dq_sum = q.new_empty(shape, dtype=torch.float32)
-    launches = [
-        plan_preprocess(o, do, made["delta"], dq_sum, num_rows),
-        plan_keys(
-            q, k, v, do, lse, made["delta"], dq_sum, made["dk"], made["dv"],
-            num_rows=num_rows, **how, tile=one_pass or tiles.keys,
-        ),
-    ]  # fmt: skip
-    if dq_sum is not None:
-        launches.append(plan_postprocess(dq_sum, made["dq"], num_rows, scale))
-    else:
-        launches.append(
-            plan_queries(
-                q, k, v, do, lse, made["delta"], made["dq"], **how, tile=tiles.queries
-            )
+        made["dq_sum"] = q.new_empty(shape, dtype=torch.float32)
+
+    def preprocess(made: Results) -> Launch:
+        return plan_preprocess(o, do, made["delta"], made.get("dq_sum"), num_rows)
+
+    def keys(made: Results, tile: Tile) -> Launch:
+        return plan_keys(
+            q, k, v, do, lse, made["delta"], made.get("dq_sum"), made["dk"], made["dv"],
+            num_rows=num_rows, **how, tile=tile,
         )  # fmt: skip
+
+    def queries(made: Results, tile: Tile) -> Launch:
+        return plan_queries(q, k, v, do, lse, made["delta"], made["dq"], **how, tile=tile)
+
+    if one_pass is not None:
+        tile = _tile("one_pass", one_pass, made, keys, preprocess)
+        last = plan_postprocess(made["dq_sum"], made["dq"], num_rows, scale)
+    else:
+        tile = _tile("keys", tiles.keys, made, keys, preprocess)
+        last = queries(made, _tile("queries", tiles.queries, made, queries, preprocess))
+    launches = [preprocess(made), keys(made, tile), last]
     return Plan(launches, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}, made)
+
+
+def _tile(
+    kernel: str, table: Tile, made: Results, plan: Planner,
+    prepare: Callable[[Results], Launch] | None = None,
+) -> Tile:  # fmt: skip
+    """Return the table's tile, or the one that was measured where that is asked for."""
+    if (tuner := autotune.tuner()) is None:
+        return table
+    with _on(next(iter(made.values())).device):
+        return tuner.tile(kernel, table, made, plan, prepare)
 
 
 def _key(*settings: Any, **tensors: Tensor) -> tuple[Any, ...]:
