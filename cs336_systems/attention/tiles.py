@@ -41,7 +41,7 @@ class Tiles:
 
     forward: Tile
     long_forward: Tile | None = None
-    """For more keys than LONG."""
+    """For more keys than LONG, and wherever no key is masked."""
     one_pass: Tile | None = None
     """dQ, dK and dV together; None where two passes are faster, or one would spill."""
     keys: Tile
@@ -49,13 +49,14 @@ class Tiles:
     queries: Tile
     """dQ of two passes."""
 
-    def forward_for(self, num_keys: int) -> Tile:
+    def forward_for(self, num_keys: int, is_causal: bool) -> Tile:
         """Return the forward pass's tile for so many keys."""
-        return self.long_forward if self.long_forward and num_keys > LONG else self.forward
+        long = num_keys > LONG or not is_causal
+        return self.long_forward if self.long_forward and long else self.forward
 
 
-LONG = 16384
-"""Above it K and V of all the heads at work no longer come from L2: fewer, larger tiles pay."""
+LONG = 4096
+"""Above it the GPU is at its power limit, where larger tiles, which move less, run faster."""
 
 
 def _tile(m: int, n: int, warps: int, stages: int, *, tma: bool = False, spilled: int = 0) -> Tile:
@@ -86,7 +87,8 @@ _HOPPER_HALF = {
         queries=_tma(64, 64, 4, 2),
     ),
     128: Tiles(
-        # 1.99 ms; 128x128 with 8 warps 2.08. At B1 H32 S32768 it is 17.5 against 16.7 ms.
+        # In bursts 1.99 ms, 128x128 with 8 warps 2.08; for a second on end 2.30 and 2.21. Not
+        # causal 4.71 and 4.41, at B8 S2048 0.64 and 0.62, there causal 0.34 and 0.35.
         forward=_tma(64, 64, 4, 3),
         long_forward=_tma(128, 128, 8, 3),
         # 3.71 and 2.55 ms; in one pass 6.43 with 32x64, 6.58 with 64x128, 8 warps and no TMA, and

@@ -116,7 +116,7 @@ def _plan_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
         )  # fmt: skip
 
     made = {"o": empty_like(q), "lse": q.new_empty(q.shape[:-1], dtype=torch.float32)}
-    tile = _tile("forward", tiles_for(q).forward_for(k.shape[2]), made, launch)
+    tile = _tile("forward", tiles_for(q).forward_for(k.shape[2], causal), made, launch)
     return Plan([launch(made, tile)], {"q": q, "k": k, "v": v}, made)
 
 
