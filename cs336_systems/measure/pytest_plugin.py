@@ -278,10 +278,12 @@ class Session:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_commit_info(self, commit_info: dict[str, Any]) -> None:
-        # A copy of the tree without its history is told its commit by the environment.
-        facts = commit_facts(self._config.rootpath)
-        if facts is None and (commit := os.environ.get("CS336_COMMIT")):
+        # A copy of the tree, with no history or another's, is told its commit by the environment.
+        if commit := os.environ.get("CS336_COMMIT"):
+            commit_info.clear()
             facts = {"id": commit.removesuffix("+dirty"), "dirty": commit.endswith("+dirty")}
+        else:
+            facts = commit_facts(self._config.rootpath)
         commit_info.pop("error", None)
         commit_info.update(facts or {})
 

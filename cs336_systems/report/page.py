@@ -13,6 +13,8 @@ from cs336_systems.report.plots import Picture
 from cs336_systems.report.readme import Gallery
 from cs336_systems.report.tables import Section
 
+_PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+
 
 def page(title: str, sections: Sequence[Section], gallery: Gallery) -> str:
     """Return the page: a list to navigate by, then every section with its tables and pictures."""
@@ -71,9 +73,9 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    align = ['class="number"' if numeric else "" for numeric in table.numeric]
+    align = [' class="n"' if numeric else "" for numeric in table.numeric]
     heads = "".join(
-        f'<th scope="col" {how}><button type="button">{escape(header)}</button></th>'
+        f'<th scope="col"{how}><button type="button">{escape(header)}</button></th>'
         for header, how in zip(table.headers, align, strict=True)
     )
     lines = "\n".join("<tr>" + "".join(map(_cell, row, align)) + "</tr>" for row in table.rows)
@@ -85,7 +87,12 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: Cell, align: str) -> str:
-    return f'<td {align} data-sort="{escape(str(cell.sort))}">{escape(cell.text)}</td>'
+    """Return a cell; one whose text is a plain number sorts by that, without a key of its own."""
+    text = escape(cell.text)
+    if align and _PLAIN_NUMBER.fullmatch(cell.text):
+        return f"<td{align}>{text}</td>"
+    key = f"{cell.sort:.7g}" if isinstance(cell.sort, float) else escape(str(cell.sort))
+    return f'<td{align} data-sort="{key}">{text}</td>'
 
 
 def _prose(line: str) -> str:
