@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cs336_systems.attention.tiles import ROWS_MULTIPLE, choose
+from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, choose
 from cs336_systems.attention.triton_launch import (
     Launch,
     head_pad,
@@ -30,6 +30,7 @@ from cs336_systems.attention.triton_launch import (
     plan_postprocess,
     plan_preprocess,
     plan_queries,
+    row_tile,
 )
 from cs336_systems.attention.triton_run import precision
 
@@ -49,6 +50,17 @@ class Usage(NamedTuple):
     stack_bytes: int
     """A thread's local memory: what did not fit in registers was spilled there."""
     shared_bytes: int
+
+
+class Row(NamedTuple):
+    """One kernel of the table."""
+
+    architecture: int
+    dtype: str
+    head_dim: int
+    kernel: str
+    tile: Tile
+    usage: Usage
 
 
 def compile_launch(launch: Launch, architecture: int) -> Usage:
@@ -95,38 +107,47 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def launches(
     architecture: int, dtype: torch.dtype, head_dim: int, *, causal: bool = True
-) -> Iterator[tuple[str, Launch]]:
+) -> Iterator[tuple[str, Tile, Launch]]:
     """Yield every kernel with the table's tile for it, on tensors without memory."""
     q, k, v, o, do, dq, dk, dv = (
         torch.empty(*_SHAPE, head_dim, dtype=dtype, device="meta") for _ in range(8)
     )
     lse, delta = (torch.empty(_SHAPE, device="meta") for _ in range(2))
-    rows = _SHAPE[0] * _SHAPE[1] * _SHAPE[2]
-    assert _SHAPE[2] % ROWS_MULTIPLE == 0
-    dq_sum = torch.empty(rows, head_pad(head_dim), device="meta")
+    batch, heads, rows = _SHAPE
+    assert rows % ROWS_MULTIPLE == 0
+    dq_sum = torch.empty(batch * heads * rows, head_pad(head_dim), device="meta")
     tiles = choose(architecture, dtype, head_pad(head_dim))
-    how = {"causal": causal, "scale": head_dim**-0.5, "precision": precision(dtype)}
-    yield "forward", plan_forward(q, k, v, o, lse, **how, tile=tiles.forward)
-    yield "preprocess", plan_preprocess(o, do, delta, dq_sum, _SHAPE[2])
-    if tiles.one_pass is not None:
-        yield (
-            "backward, one pass",
-            plan_keys(
-                q, k, v, do, lse, delta, dq_sum, dk, dv,
-                num_rows=_SHAPE[2], **how, tile=tiles.one_pass,
-            ),
+    scale = head_dim**-0.5
+    how: dict[str, Any] = {"causal": causal, "scale": scale, "precision": precision(dtype)}
+
+    def keys(sums: torch.Tensor | None, tile: Tile) -> Launch:
+        return plan_keys(
+            q, k, v, do, lse, delta, sums, dk, dv, num_rows=rows, **how, tile=tile
         )  # fmt: skip
-        yield "postprocess", plan_postprocess(dq_sum, dq, _SHAPE[2], how["scale"])
-    yield (
-        "backward, keys",
-        plan_keys(
-            q, k, v, do, lse, delta, None, dk, dv, num_rows=_SHAPE[2], **how, tile=tiles.keys
-        ),
-    )
-    yield (
-        "backward, queries",
-        plan_queries(q, k, v, do, lse, delta, dq, **how, tile=tiles.queries),
-    )
+
+    for name, tile in (("forward", tiles.forward), ("forward, long", tiles.long_forward)):
+        if tile is not None:
+            yield name, tile, plan_forward(q, k, v, o, lse, **how, tile=tile)
+    small = row_tile(head_dim)
+    yield "preprocess", small, plan_preprocess(o, do, delta, dq_sum, rows)
+    if tiles.one_pass is not None:
+        yield "backward, one pass", tiles.one_pass, keys(dq_sum, tiles.one_pass)
+        yield "postprocess", small, plan_postprocess(dq_sum, dq, rows, scale)
+    yield "backward, keys", tiles.keys, keys(None, tiles.keys)
+    queries = plan_queries(q, k, v, do, lse, delta, dq, **how, tile=tiles.queries)
+    yield "backward, queries", tiles.queries, queries
+
+
+def misfits(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what does not fit its GPU, or spills more than the table of tiles says."""
+    for row in rows:
+        where = f"sm_{row.architecture} {row.dtype} {row.head_dim} {row.kernel}"
+        most = SHARED_BYTES[row.architecture]
+        if row.usage.shared_bytes > most:
+            yield f"{where} uses {row.usage.shared_bytes} bytes of shared memory, has {most}"
+        if row.usage.stack_bytes > row.tile.spilled_bytes:
+            known = row.tile.spilled_bytes
+            yield f"{where} spills {row.usage.stack_bytes} bytes, {known} known"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,24 +159,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", default="simple", help="a format of tabulate, e.g. github")
     args = parser.parse_args(argv)
     jobs = [
-        (int(architecture), dtype, int(head_dim), kernel, launch)
+        (int(architecture), dtype, int(head_dim), *planned)
         for architecture in args.architectures.split(",")
         for dtype in args.dtypes.split(",")
         for head_dim in args.head_dims.split(",")
-        for kernel, launch in launches(int(architecture), DTYPES[dtype], int(head_dim))
+        for planned in launches(int(architecture), DTYPES[dtype], int(head_dim))
     ]
-    rows, all_fit = [], True
-    for architecture, dtype, head_dim, kernel, launch in tqdm(jobs, unit="kernel"):
-        usage = compile_launch(launch, architecture)
-        all_fit &= usage.shared_bytes <= SHARED_BYTES[architecture]
-        block = "x".join(str(launch.arguments.get(f"BLOCK_{way}", "")) for way in "MN").strip("x")
-        options = launch.options
-        tile = f"{block}, {options['num_warps']} warps, {options['num_stages']} stages"
-        rows.append([f"sm_{architecture}", dtype, head_dim, kernel, tile, *usage])
-    headers = ["architecture", "dtype", "head dim", "kernel", "tile"]
+    rows = [
+        Row(architecture, dtype, head_dim, kernel, tile, compile_launch(launch, architecture))
+        for architecture, dtype, head_dim, kernel, tile, launch in tqdm(jobs, unit="kernel")
+    ]
+    print(_table(rows, args.format))
+    found = list(misfits(rows))
+    for line in found:
+        print(f"compile_only: {line}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _table(rows: Sequence[Row], style: str) -> str:
+    headers = ["architecture", "dtype", "head dim", "kernel", "tile", "warps", "stages", "TMA"]
     headers += ["registers", "spilled bytes", "shared bytes"]
-    print(tabulate(rows, headers=headers, tablefmt=args.format))
-    return 0 if all_fit else 1
+    lines = [
+        [
+            f"sm_{row.architecture}",
+            *row[1:4],
+            f"{row.tile.block_m} x {row.tile.block_n}",
+            row.tile.num_warps,
+            row.tile.num_stages,
+            "yes" if row.tile.tma else "no",
+            *row.usage,
+        ]
+        for row in rows
+    ]
+    return tabulate(lines, headers=headers, tablefmt=style)
 
 
 if __name__ == "__main__":

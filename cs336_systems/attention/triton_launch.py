@@ -126,7 +126,7 @@ def plan_preprocess(
 ) -> Launch:
     """Return the launch that computes D and clears the dQ buffer of `num_rows` rows a head."""
     batch, num_heads, num_queries, head_dim = o.shape
-    tile = _row_tile(head_dim)
+    tile = row_tile(head_dim)
     num_tiles = triton.cdiv(num_rows, tile.block_m)
     arguments = {
         "o_ptr": o,
@@ -150,7 +150,7 @@ def plan_preprocess(
 def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) -> Launch:
     """Return the launch that rounds the dQ buffer into dQ."""
     batch, num_heads, num_queries, head_dim = dq.shape
-    tile = _row_tile(head_dim)
+    tile = row_tile(head_dim)
     num_tiles = triton.cdiv(num_queries, tile.block_m)
     arguments = {
         "dq_sum_ptr": dq_sum,
@@ -260,7 +260,7 @@ def plan_queries(
     return _launch(queries_kernel, num_tiles * batch * num_heads, arguments, tile)
 
 
-def _row_tile(head_dim: int) -> Tile:
+def row_tile(head_dim: int) -> Tile:
     """Return the tile of the kernels before and after, which multiply nothing."""
     rows = min(64, _ROW_TILE_ELEMENTS // head_pad(head_dim))
     return Tile(block_m=rows, block_n=16, num_warps=4, num_stages=1)

@@ -279,6 +279,7 @@ class Session:
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_commit_info(self, commit_info: dict[str, Any]) -> None:
         # A copy of the tree, with no history or another's, is told its commit by the environment.
+        facts: dict[str, Any] | None
         if commit := os.environ.get("CS336_COMMIT"):
             commit_info.clear()
             facts = {"id": commit.removesuffix("+dirty"), "dirty": commit.endswith("+dirty")}
