@@ -228,6 +228,19 @@ class TestKnownBugs:
         expected, _ = reference_attention(q, k, v, is_causal=True, scale=1.0)
         torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_padding_gets_no_weight_where_all_logits_are_very_negative(
+        self, is_causal: bool, deterministic: bool
+    ) -> None:
+        """Beyond the last key a tile reads 0, a logit far above the others, whose weight overflows."""
+        q, k, v, do = make("contiguous", (1, 1), (5, 33), 16, torch.float32, batch=1)
+        q, k = (tensor.detach().abs() + 3.0 for tensor in (q, k))
+        q, k = q.requires_grad_(), (-k).requires_grad_()
+        how = {"is_causal": is_causal, "scale": 1.0}
+        assert reference_attention(q, k, v, **how)[1].max() < -100
+        check(q, k, v, do, deterministic=deterministic, **how)
+
     @pytest.mark.parametrize("head_dim", [1, 17, 40, 96, 111, *([192, 256] if ON_GPU else [])])
     def test_all_columns_of_the_head_are_used(self, head_dim: int) -> None:
         """triton 621, sglang 1281: 64 columns, whatever the head dim."""

@@ -178,8 +178,8 @@ def keys_kernel(
         start = row0 // BLOCK_M * BLOCK_M
         unmasked = tl.cdiv(row0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
         unmasked = tl.maximum(start, tl.minimum(unmasked, num_queries))
-    # Keys that do not exist must get no weight either. Asked at run time even where all exist: with
-    # a number of masked tiles that it can work out, the compiler's code is a quarter slower.
+    # Keys that do not exist must get no weight either. Asked at run time even where all exist: once
+    # the compiler could work out the number of masked tiles, its code was a quarter slower.
     if CAUSAL or KEY_TAIL:  # noqa: SIM102
         if row0 + BLOCK_N > num_keys:
             unmasked = num_queries
