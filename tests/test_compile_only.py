@@ -39,10 +39,11 @@ def test_tiles_fit(architecture: int) -> None:
     assert "backward, one pass" in done.stdout
 
 
-def test_single_precision_tile_fits() -> None:
-    done = compile_in_a_process("--architectures=90", "--dtypes=fp32", "--head-dims=64")
+def test_single_precision_tiles_fit() -> None:
+    """For sm_100 Triton 3.6 leaves nothing of products of 64 rows in parts of bf16."""
+    done = compile_in_a_process("--architectures=90,100", "--dtypes=fp32", "--head-dims=64")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("fp32") == 4
+    assert done.stdout.count("fp32") == 8
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,7 @@ def test_single_precision_tile_fits() -> None:
     [
         (Usage(255, 0, SHARED_BYTES[90]), None),
         (Usage(100, 0, SHARED_BYTES[90] + 1), "uses 232449 bytes of shared memory, has 232448"),
+        (Usage(4, 0, 1024), "uses 4 registers: the compiler left nothing of it"),
         (Usage(255, 8, 1024), "spills 8 bytes, 0 known"),
     ],
 )

@@ -233,7 +233,7 @@ class TestKnownBugs:
     def test_padding_gets_no_weight_where_all_logits_are_very_negative(
         self, is_causal: bool, deterministic: bool
     ) -> None:
-        """Beyond the last key a tile reads 0, a logit far above the others, whose weight overflows."""
+        """Past the last key a tile reads 0: a logit far above the rest, whose weight overflows."""
         q, k, v, do = make("contiguous", (1, 1), (5, 33), 16, torch.float32, batch=1)
         q, k = (tensor.detach().abs() + 3.0 for tensor in (q, k))
         q, k = q.requires_grad_(), (-k).requires_grad_()

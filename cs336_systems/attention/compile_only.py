@@ -36,6 +36,8 @@ from cs336_systems.attention.triton_run import precision
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one program may use, by architecture."""
+LEAST_REGISTERS = 16
+"""Of a kernel that does anything."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -143,6 +145,8 @@ def misfits(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         where = f"sm_{row.architecture} {row.dtype} {row.head_dim} {row.kernel}"
         most = SHARED_BYTES[row.architecture]
+        if row.usage.registers < LEAST_REGISTERS:
+            yield f"{where} uses {row.usage.registers} registers: the compiler left nothing of it"
         if row.usage.shared_bytes > most:
             yield f"{where} uses {row.usage.shared_bytes} bytes of shared memory, has {most}"
         if row.usage.stack_bytes > row.tile.spilled_bytes:

@@ -120,7 +120,7 @@ _HOPPER_SINGLE = {
     ),
     256: Tiles(
         forward=_tile(64, 16, 8, 1, spilled=48),
-        keys=_tile(16, 16, 8, 1, spilled=272),
+        keys=_tile(16, 16, 8, 1, spilled=304),
         queries=_tile(16, 16, 8, 1, spilled=256),
     ),
 }
@@ -149,17 +149,25 @@ _PORTABLE_HALF = {
     ),
 }
 _PORTABLE_SINGLE = {
-    32: Tiles(forward=_tile(32, 32, 4, 2), keys=_tile(32, 32, 4, 2), queries=_tile(32, 32, 4, 2)),
-    64: Tiles(forward=_tile(32, 32, 4, 2), keys=_tile(16, 32, 4, 2), queries=_tile(32, 32, 4, 2)),
+    32: Tiles(
+        forward=_tile(32, 32, 4, 2),
+        keys=_tile(32, 32, 4, 2, spilled=8),
+        queries=_tile(32, 32, 4, 2),
+    ),
+    64: Tiles(
+        forward=_tile(32, 32, 4, 2),
+        keys=_tile(16, 32, 4, 2),
+        queries=_tile(32, 32, 4, 2, spilled=16),
+    ),
     128: Tiles(
         forward=_tile(32, 16, 4, 2),
         keys=_tile(16, 32, 4, 1, spilled=232),
         queries=_tile(32, 16, 4, 1, spilled=120),
     ),
     256: Tiles(
-        forward=_tile(16, 16, 4, 1, spilled=192),
-        keys=_tile(16, 16, 4, 1, spilled=752),
-        queries=_tile(16, 16, 4, 1, spilled=592),
+        forward=_tile(16, 16, 4, 1, spilled=208),
+        keys=_tile(16, 16, 4, 1, spilled=760),
+        queries=_tile(16, 16, 4, 1, spilled=600),
     ),
 }
 
@@ -182,10 +190,13 @@ def tiles_for(q: Tensor) -> Tiles:
 
 def choose(architecture: int, dtype: torch.dtype, head_pad: int) -> Tiles:
     """Return the table's tiles for sm_NN."""
-    # Consumer GPUs of the Blackwell kind (sm_120) have an older kind's shared memory.
-    roomy = 90 <= architecture < 120
-    half, single = (_HOPPER_HALF, _HOPPER_SINGLE) if roomy else (_PORTABLE_HALF, _PORTABLE_SINGLE)
-    return (single if dtype == torch.float32 else half)[max(32, head_pad)]
+    if dtype == torch.float32:
+        # For sm_100 Triton 3.6 compiles fp32 products of 64 rows and more to an empty kernel.
+        table = _HOPPER_SINGLE if 90 <= architecture < 100 else _PORTABLE_SINGLE
+    else:
+        # Consumer GPUs of the Blackwell kind (sm_120) have an older kind's shared memory.
+        table = _HOPPER_HALF if 90 <= architecture < 120 else _PORTABLE_HALF
+    return table[max(32, head_pad)]
 
 
 @cache
