@@ -55,10 +55,13 @@ class Selection:
 
 
 def refuse_unmet(attention: str, device: torch.device, dtype: str) -> None:
-    """Raise NotMeasured when an attention row cannot run here."""
-    unmet = ATTENTION[attention].unmet(device=device.type, dtype=dtype)
+    """Raise NotMeasured when an attention row cannot run here, or its time would mean nothing."""
+    row = ATTENTION[attention]
+    unmet = row.unmet(device=device.type, dtype=dtype)
     if unmet is not None:
         raise NotMeasured(unmet.status, f"{attention}: {unmet.reason}")
+    if "triton" in row.needs and device.type != "cuda":
+        raise NotMeasured("skipped", f"{attention}: not timed in Triton's interpreter")
 
 
 def add_options(parser: pytest.Parser) -> None:

@@ -51,6 +51,18 @@ def test_smoke_measures_every_study(tmp_path: Path) -> None:
     assert "shape" not in found["flash_sweep", "forward"]["case"]
 
 
+def test_the_interpreter_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    output = tmp_path / "out.json"
+    result = run("--smoke", f"--benchmark-json={output}", "-k", "flash_sweep and triton")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(output.read_text())["cs336_systems"]["rows"]
+    reason = "flash_attention_triton: not timed in Triton's interpreter"
+    assert {row["reason"] for row in rows} == {reason}
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
