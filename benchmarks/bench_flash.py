@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from attention_bench import DTYPES, PASSES, AttentionBench
 from cases import Selection, refuse_unmet
 from flash_cases import Point
+from model_bench import tf32
 from pace import Pace, run_once
 
 from cs336_systems.attention import ATTENTION
@@ -96,15 +96,11 @@ def bench_attention_host_bound(
 
 
 def bench_attention_fp32(
-    gpu_benchmark: GpuBenchmark,
-    chosen: Selection,
-    pace: Pace,
-    monkeypatch: pytest.MonkeyPatch,
-    point: Point,
+    gpu_benchmark: GpuBenchmark, chosen: Selection, pace: Pace, point: Point
 ) -> None:
     """Time one pass in fp32 whose products round no inputs to tf32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    gpu_benchmark(point.case("attention_fp32"), build=lambda: tried(point, chosen, pace))
+    with tf32(False):
+        gpu_benchmark(point.case("attention_fp32"), build=lambda: tried(point, chosen, pace))
 
 
 def bench_attention_error(

@@ -180,7 +180,7 @@ class ModelBench:
             return step
 
         def run() -> object:
-            with annotated_attention(self._nvtx, softmax), _tf32(self.case.precision == "tf32"):
+            with annotated_attention(self._nvtx, softmax), tf32(self.case.precision == "tf32"):
                 return step()
 
         return run
@@ -234,9 +234,10 @@ class ModelSlot:
 
 
 @contextmanager
-def _tf32(enabled: bool) -> Iterator[None]:
+def tf32(enabled: bool) -> Iterator[None]:
+    """Let fp32 products round their inputs to tf32 inside the block, or do not."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if enabled else before)
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
     try:
         yield
     finally:
