@@ -13,7 +13,7 @@ from numerics import assert_within_budget, term_magnitudes
 from torch import Tensor
 
 from cs336_systems.attention import triton_launch, triton_replay, triton_run
-from cs336_systems.attention.arguments import repeat_heads
+from cs336_systems.attention.arguments import repeat_heads, scale_or_default
 from cs336_systems.attention.flash_triton import (
     FlashAttentionTriton,
     flash_attention_backward,
@@ -97,7 +97,7 @@ def check_lse(
     scale: float | None = None,
 ) -> None:  # fmt: skip
     """Hold L, always fp32, to what rounding the largest term of a score errs."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = scale_or_default(scale, q.shape[-1])
     _, lse = flash_attention_forward(q.detach(), k.detach(), v.detach(), is_causal, scale)
     assert lse.dtype == torch.float32
     keys, _ = repeat_heads(q, k, v)

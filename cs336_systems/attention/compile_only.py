@@ -21,10 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, choose
+from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, choose, head_pad
 from cs336_systems.attention.triton_launch import (
     Launch,
-    head_pad,
     plan_forward,
     plan_keys,
     plan_postprocess,

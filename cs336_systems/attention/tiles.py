@@ -180,12 +180,16 @@ _INTERPRETED = Tiles(
 )
 
 
+def head_pad(head_dim: int) -> int:
+    """Return the columns of a tile: a power of two, and no fewer than products take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def tiles_for(q: Tensor) -> Tiles:
     """Return the tiles for (batch, heads, queries, head_dim) inputs like `q`."""
     if q.device.type == "cpu":
         return _INTERPRETED
-    pad = max(16, 1 << (q.shape[3] - 1).bit_length())
-    return choose(_architecture(q.device), q.dtype, pad)
+    return choose(_architecture(q.device), q.dtype, head_pad(q.shape[3]))
 
 
 def choose(architecture: int, dtype: torch.dtype, head_pad: int) -> Tiles:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cs336_systems.attention.tiles import Tile
+from cs336_systems.attention.tiles import Tile, head_pad
 from cs336_systems.attention.triton_backward import (
     keys_kernel,
     postprocess_kernel,
@@ -59,11 +59,6 @@ def as_4d(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 
-def head_pad(head_dim: int) -> int:
-    """Return the columns of a tile; products take no fewer than 16."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 def fits_tma(tensor: Tensor) -> bool:
     """Tell whether a (batch, heads, rows, head_dim) tensor can be loaded by the accelerator."""
     size = tensor.element_size()
@@ -83,39 +78,20 @@ def plan_forward(
     precision: str, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Return the launch that fills O and L; tensors are four-dimensional."""
-    batch, num_heads, num_queries, head_dim = q.shape
-    num_keys = k.shape[2]
+    batch, num_heads, num_queries, _ = q.shape
     num_tiles = triton.cdiv(num_queries, tile.block_m)
-    tma = _use_tma(tile, k.shape[2], q, k, v)
-    pad = head_pad(head_dim)
-    sources = {
-        "q": _source(q, tile.block_m, pad, tma),
-        "k": _source(k, tile.block_n, pad, tma),
-        "v": _source(v, tile.block_n, pad, tma),
-    }
     arguments = {
-        **sources,
+        **_products(tile, causal, precision, q=q, k=k, v=v),
         "o_ptr": o,
         "lse_ptr": lse,
         **_strides(qm=q, kn=k, vn=v, om=o),
         "num_heads": num_heads,
         "num_batch_heads": batch * num_heads,
-        "num_queries": num_queries,
-        "num_keys": num_keys,
         "num_tiles": num_tiles,
         "section": _section(k, num_heads // k.shape[1]),
         # Not 0, which would make NaN of a masked score's -inf.
         "qk_scale": max(abs(scale) * math.log2(math.e), LEAST_SCALE),
-        "GROUP": num_heads // k.shape[1],
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": pad,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "CAUSAL": causal,
-        "KEY_TAIL": num_keys % tile.block_n != 0,
         "NEGATE": scale < 0,
-        "PRECISION": precision,
-        "TMA": tma,
         "WIDE": _wide(tile, q, k, v, o),
     }
     return _launch(forward_kernel, num_tiles * batch * num_heads, arguments, tile)
@@ -175,20 +151,16 @@ def plan_keys(
     precision: str, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Return the launch that computes dK and dV, and adds up dQ where there is a buffer for it."""
-    batch, num_heads, num_queries, head_dim = q.shape
+    batch, num_heads, _, head_dim = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
     num_tiles = triton.cdiv(num_keys, tile.block_n)
-    tma = _use_tma(tile, k.shape[2], q, k, v, do)
-    pad = head_pad(head_dim)
+    products = _products(tile, causal, precision, q=q, k=k, v=v, do=do)
     sums: Any = delta if dq_sum is None else dq_sum
-    if tma and dq_sum is not None:
-        rows = batch * num_heads * num_rows
+    if products["TMA"] and dq_sum is not None:
+        rows, pad = batch * num_heads * num_rows, head_pad(head_dim)
         sums = TensorDescriptor(sums, [rows, pad], [pad, 1], [tile.block_m, pad])
     arguments = {
-        "q": _source(q, tile.block_m, pad, tma),
-        "k": _source(k, tile.block_n, pad, tma),
-        "v": _source(v, tile.block_n, pad, tma),
-        "do": _source(do, tile.block_m, pad, tma),
+        **products,
         "lse_ptr": lse,
         "delta_ptr": delta,
         "dq_sum": sums,
@@ -197,23 +169,12 @@ def plan_keys(
         **_strides(qm=q, kn=k, vn=v, dom=do, dkn=dk, dvn=dv),
         "num_kv_heads": num_kv_heads,
         "num_batch_heads": batch * num_kv_heads,
-        "num_queries": num_queries,
         "num_queries_padded": num_rows,
-        "num_keys": num_keys,
         "num_tiles": num_tiles,
         "section": _section(q, 1),
         "scale": scale,
         "qk_scale": scale * math.log2(math.e),
-        "GROUP": num_heads // num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": pad,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "CAUSAL": causal,
-        "KEY_TAIL": num_keys % tile.block_n != 0,
         "ADD_DQ": dq_sum is not None,
-        "PRECISION": precision,
-        "TMA": tma,
         "WIDE": _wide(tile, q, k, v, do, dk, dv),
     }
     return _launch(keys_kernel, num_tiles * batch * num_kv_heads, arguments, tile)
@@ -224,37 +185,20 @@ def plan_queries(
     causal: bool, scale: float, precision: str, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Return the launch that computes dQ by itself."""
-    batch, num_heads, num_queries, head_dim = q.shape
-    num_keys = k.shape[2]
+    batch, num_heads, num_queries, _ = q.shape
     num_tiles = triton.cdiv(num_queries, tile.block_m)
-    tma = _use_tma(tile, k.shape[2], q, k, v, do)
-    pad = head_pad(head_dim)
     arguments = {
-        "q": _source(q, tile.block_m, pad, tma),
-        "k": _source(k, tile.block_n, pad, tma),
-        "v": _source(v, tile.block_n, pad, tma),
-        "do": _source(do, tile.block_m, pad, tma),
+        **_products(tile, causal, precision, q=q, k=k, v=v, do=do),
         "lse_ptr": lse,
         "delta_ptr": delta,
         "dq_ptr": dq,
         **_strides(qm=q, kn=k, vn=v, dom=do, dqm=dq),
         "num_heads": num_heads,
         "num_batch_heads": batch * num_heads,
-        "num_queries": num_queries,
-        "num_keys": num_keys,
         "num_tiles": num_tiles,
         "section": _section(k, num_heads // k.shape[1]),
         "scale": scale,
         "qk_scale": scale * math.log2(math.e),
-        "GROUP": num_heads // k.shape[1],
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": pad,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "CAUSAL": causal,
-        "KEY_TAIL": num_keys % tile.block_n != 0,
-        "PRECISION": precision,
-        "TMA": tma,
         "WIDE": _wide(tile, q, k, v, do, dq),
     }
     return _launch(queries_kernel, num_tiles * batch * num_heads, arguments, tile)
@@ -266,9 +210,27 @@ def row_tile(head_dim: int) -> Tile:
     return Tile(block_m=rows, block_n=16, num_warps=4, num_stages=1)
 
 
-def _use_tma(tile: Tile, num_keys: int, q: Tensor, *others: Tensor) -> bool:
+def _products(tile: Tile, causal: bool, precision: str, **tensors: Tensor) -> dict[str, Any]:
+    """Return the arguments of every kernel that multiplies tiles of q, k, v and perhaps do."""
+    q, k = tensors["q"], tensors["k"]
+    num_keys, pad = k.shape[2], head_pad(q.shape[3])
     enough = 4 * q.numel() * num_keys >= TMA_FLOPS
-    return tile.tma and enough and all(fits_tma(tensor) for tensor in (q, *others))
+    tma = tile.tma and enough and all(fits_tma(tensor) for tensor in tensors.values())
+    rows = {"q": tile.block_m, "do": tile.block_m, "k": tile.block_n, "v": tile.block_n}
+    return {
+        **{name: _source(tensor, rows[name], pad, tma) for name, tensor in tensors.items()},
+        "num_queries": q.shape[2],
+        "num_keys": num_keys,
+        "GROUP": q.shape[1] // k.shape[1],
+        "HEAD_DIM": q.shape[3],
+        "HEAD_PAD": pad,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "CAUSAL": causal,
+        "KEY_TAIL": num_keys % tile.block_n != 0,
+        "PRECISION": precision,
+        "TMA": tma,
+    }
 
 
 def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:

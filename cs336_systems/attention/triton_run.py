@@ -16,12 +16,11 @@ from torch import Tensor
 
 from cs336_systems.attention import autotune
 from cs336_systems.attention.autotune import Planner, Results
-from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, tiles_for
+from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, head_pad, tiles_for
 from cs336_systems.attention.triton_launch import (
     ALIGNMENT,
     Launch,
     as_4d,
-    head_pad,
     loads_in_vectors,
     plan_forward,
     plan_keys,
