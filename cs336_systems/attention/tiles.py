@@ -8,8 +8,9 @@ environment `autotune` measures some others against them, and the fastest is use
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Tile:
     """How many loads ahead the compiler pipelines."""
     tma: bool = False
     """Let the tensor memory accelerator load; needs sm_90 and strides of whole 16 bytes."""
+    hold: bool = False
+    """Keep left operands that stay the same all along the loop in registers; with TMA only, and
+    only where `compile_only` finds that the assembler does not overwrite them."""
+    most_registers: int | None = None
+    """A thread's, where the compiler would take a few more than let another program in beside."""
     spilled_bytes: int = 0
     """What of a thread's registers goes to local memory: 0 wherever a tile without was found."""
 
@@ -65,25 +71,32 @@ def _tile(m: int, n: int, warps: int, stages: int, *, tma: bool = False, spilled
     )
 
 
-def _tma(m: int, n: int, warps: int, stages: int, *, spilled: int = 0) -> Tile:
-    return _tile(m, n, warps, stages, tma=True, spilled=spilled)
+def _tma(m: int, n: int, warps: int, stages: int, *, spilled: int = 0, **how: Any) -> Tile:
+    return replace(_tile(m, n, warps, stages, tma=True, spilled=spilled), **how)
 
 
 # By the padded head dim. Few queries to a tile and one warp group each: three programs share a
 # multiprocessor, and one's softmax runs under another's products.
 _HOPPER_HALF = {
+    16: Tiles(
+        forward=_tma(64, 64, 4, 3),
+        # 1.85 ms, and 0.01 after it; two passes 1.15 and 0.78.
+        one_pass=_tma(64, 64, 4, 3),
+        keys=_tma(64, 64, 4, 3),
+        queries=_tma(64, 64, 4, 3),
+    ),
     32: Tiles(
         forward=_tma(64, 64, 4, 3),
-        one_pass=_tma(64, 64, 4, 3),
-        keys=_tma(64, 64, 4, 2),
-        queries=_tma(64, 64, 4, 2),
+        # 1.39 and 0.96 ms; in one pass 2.70, and 0.02 after it.
+        keys=_tma(64, 64, 4, 3),
+        queries=_tma(64, 64, 4, 3),
     ),
     64: Tiles(
         # B1 H16 S16384 causal: 1.12 ms; 64x64 without TMA 1.19, 128x128 with 8 warps 1.50.
         forward=_tma(64, 128, 4, 2),
-        # 3.45 ms; 32x64 3.67, 128x128 with 8 warps 3.76, without TMA 4.13 and more.
-        one_pass=_tma(64, 64, 4, 3),
-        keys=_tma(32, 64, 4, 2),
+        # 1.95 and 1.39 ms; in one pass 3.57, and 0.03 after it. Not causal, where 172 registers
+        # would be taken and two programs run instead of three: 3.93, 4.84 without the limit.
+        keys=_tma(64, 64, 4, 3, most_registers=168),
         queries=_tma(64, 64, 4, 2),
     ),
     128: Tiles(
@@ -91,19 +104,19 @@ _HOPPER_HALF = {
         # causal 4.71 and 4.41, at B8 S2048 0.64 and 0.62, there causal 0.34 and 0.35.
         forward=_tma(64, 64, 4, 3),
         long_forward=_tma(128, 128, 8, 3),
-        # 3.71 and 2.55 ms; in one pass 6.43 with 32x64, 6.58 with 64x128, 8 warps and no TMA, and
-        # 0.08 more before and after.
-        keys=_tma(64, 64, 4, 2),
-        queries=_tma(64, 64, 4, 2),
+        # 3.58 and 2.50 ms; without holding operands two stages fit: 3.75 and 2.76. In one pass
+        # 6.43 with 32x64, and 0.08 before and after.
+        keys=_tma(64, 64, 4, 3, hold=True),
+        queries=_tma(64, 64, 4, 3, hold=True),
     ),
     256: Tiles(
-        # B4 H16 S4096 causal: 1.06 ms; 64x64 1.14. One pass backward: 7.4 ms and spills.
+        # B4 H16 S4096 causal: 1.06 ms; 64x64 1.14.
         forward=_tma(128, 64, 8, 2),
-        keys=_tma(16, 64, 8, 2),
-        queries=_tma(64, 64, 8, 2),
+        # 4.00 and 2.48 ms; without holding operands 6.21, 64x64 with 8 warps 2.93.
+        keys=_tma(32, 64, 8, 2, hold=True),
+        queries=_tma(64, 32, 4, 2),
     ),
 }
-# Each fp32 product is six bf16 ones, whose operands take three times the registers.
 _HOPPER_SINGLE = {
     32: Tiles(forward=_tma(128, 64, 8, 3), keys=_tma(32, 64, 4, 2), queries=_tma(64, 32, 4, 2)),
     64: Tiles(
@@ -115,25 +128,25 @@ _HOPPER_SINGLE = {
     ),
     128: Tiles(
         forward=_tma(64, 32, 4, 2, spilled=32),
-        keys=_tile(16, 64, 8, 2, spilled=88),
+        keys=_tile(16, 64, 8, 2),
         queries=_tile(64, 16, 8, 2),
     ),
     256: Tiles(
         forward=_tile(64, 16, 8, 1, spilled=48),
-        keys=_tile(16, 16, 8, 1, spilled=304),
+        keys=_tile(16, 16, 8, 1, spilled=184),
         queries=_tile(16, 16, 8, 1, spilled=256),
     ),
 }
 _PORTABLE_HALF = {
     32: Tiles(
         forward=_tile(64, 64, 4, 3),
-        one_pass=_tile(64, 64, 4, 3),
+        one_pass=_tile(32, 64, 4, 3),
         keys=_tile(64, 64, 4, 2),
         queries=_tile(64, 64, 4, 2),
     ),
     64: Tiles(
         forward=_tile(64, 64, 4, 3),
-        one_pass=_tile(32, 64, 4, 2),
+        one_pass=_tile(32, 64, 4, 3),
         keys=_tile(32, 64, 4, 2),
         queries=_tile(64, 32, 4, 2),
     ),
@@ -144,29 +157,29 @@ _PORTABLE_HALF = {
     ),
     256: Tiles(
         forward=_tile(64, 32, 8, 2),
-        keys=_tile(32, 32, 4, 2),
+        keys=_tile(32, 32, 8, 2),
         queries=_tile(32, 32, 4, 2),
     ),
 }
 _PORTABLE_SINGLE = {
     32: Tiles(
         forward=_tile(32, 32, 4, 2),
-        keys=_tile(32, 32, 4, 2, spilled=8),
+        keys=_tile(32, 32, 4, 2, spilled=16),
         queries=_tile(32, 32, 4, 2),
     ),
     64: Tiles(
         forward=_tile(32, 32, 4, 2),
         keys=_tile(16, 32, 4, 2),
-        queries=_tile(32, 32, 4, 2, spilled=16),
+        queries=_tile(32, 32, 4, 1),
     ),
     128: Tiles(
         forward=_tile(32, 16, 4, 2),
-        keys=_tile(16, 32, 4, 1, spilled=232),
-        queries=_tile(32, 16, 4, 1, spilled=120),
+        keys=_tile(16, 32, 4, 1, spilled=112),
+        queries=_tile(32, 16, 4, 1, spilled=128),
     ),
     256: Tiles(
         forward=_tile(16, 16, 4, 1, spilled=208),
-        keys=_tile(16, 16, 4, 1, spilled=760),
+        keys=_tile(16, 16, 4, 1, spilled=544),
         queries=_tile(16, 16, 4, 1, spilled=600),
     ),
 }
@@ -200,7 +213,7 @@ def choose(architecture: int, dtype: torch.dtype, head_pad: int) -> Tiles:
     else:
         # Consumer GPUs of the Blackwell kind (sm_120) have an older kind's shared memory.
         table = _HOPPER_HALF if 90 <= architecture < 120 else _PORTABLE_HALF
-    return table[max(32, head_pad)]
+    return table[max(min(table), head_pad)]
 
 
 @cache

@@ -19,6 +19,8 @@ import triton.language as tl
 from cs336_systems.attention.triton_common import (
     LOG2_E,
     head_of,
+    hold,
+    load_statistic,
     load_tile,
     locate,
     store_tile,
@@ -30,6 +32,8 @@ from cs336_systems.attention.triton_common import (
 def preprocess_kernel(
     o_ptr,
     do_ptr,
+    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_sum_ptr,
     stride_ob,
@@ -48,7 +52,10 @@ def preprocess_kernel(
     CLEAR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Compute D of BLOCK_M queries; CLEAR sets their rows of the dQ buffer to 0."""
+    """Compute D and L in base 2 of BLOCK_M queries; CLEAR sets their rows of the dQ buffer to 0.
+
+    Rows that only pad the last tile get L = inf, so that P = 0.
+    """
     pid = tl.program_id(0)
     batch_head, row0 = pid // num_tiles, pid % num_tiles * BLOCK_M
     batch, head = batch_head // num_heads, batch_head % num_heads
@@ -64,13 +71,15 @@ def preprocess_kernel(
     )  # fmt: skip
     D = tl.sum(O.to(tl.float32) * dO.to(tl.float32), 1)
     offs_m = row0 + tl.arange(0, BLOCK_M)
-    rows = batch_head.to(tl.int64) * num_queries + offs_m
-    tl.store(delta_ptr + rows, D, mask=offs_m < num_queries)
+    lse_rows = lse_ptr + batch_head.to(tl.int64) * num_queries + offs_m
+    L = tl.load(lse_rows, mask=offs_m < num_queries, other=float("inf"))
+    first = batch_head.to(tl.int64) * num_queries_padded + row0
+    inside = offs_m < num_queries_padded
+    tl.store(delta_ptr + first + tl.arange(0, BLOCK_M), D, mask=inside)
+    tl.store(lse2_ptr + first + tl.arange(0, BLOCK_M), L * LOG2_E, mask=inside)
     if CLEAR:
-        first = batch_head.to(tl.int64) * num_queries_padded + row0
         clear = tile_pointers(dq_sum_ptr, HEAD_PAD, first, BLOCK_M, HEAD_PAD, False)
-        inside = (offs_m < num_queries_padded)[:, None]
-        tl.store(clear, tl.zeros((BLOCK_M, HEAD_PAD), tl.float32), mask=inside)
+        tl.store(clear, tl.zeros((BLOCK_M, HEAD_PAD), tl.float32), mask=inside[:, None])
 
 
 @triton.jit
@@ -111,7 +120,7 @@ def keys_kernel(
     k,
     v,
     do,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_sum,
     dk_ptr,
@@ -151,6 +160,7 @@ def keys_kernel(
     CAUSAL: tl.constexpr,
     KEY_TAIL: tl.constexpr,
     ADD_DQ: tl.constexpr,
+    HOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
@@ -169,6 +179,8 @@ def keys_kernel(
         v, stride_vn, batch, kv_head, row0, num_keys,
         BLOCK_N, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
     )  # fmt: skip
+    if HOLD:
+        K = hold(K, BLOCK_N, HEAD_PAD)
     dK = tl.zeros((BLOCK_N, HEAD_PAD), tl.float32)
     dV = tl.zeros((BLOCK_N, HEAD_PAD), tl.float32)
 
@@ -176,11 +188,9 @@ def keys_kernel(
     start, unmasked = 0, 0
     if CAUSAL:
         start = row0 // BLOCK_M * BLOCK_M
-        unmasked = tl.cdiv(row0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-        unmasked = tl.maximum(start, tl.minimum(unmasked, num_queries))
-    # Keys that do not exist must get no weight either. Asked at run time even where all exist: once
-    # the compiler could work out the number of masked tiles, its code was a quarter slower.
-    if CAUSAL or KEY_TAIL:  # noqa: SIM102
+        unmasked = row0 + BLOCK_N - 1
+    # Keys that do not exist must get no weight either.
+    if KEY_TAIL:  # noqa: SIM102
         if row0 + BLOCK_N > num_keys:
             unmasked = num_queries
     for member in range(GROUP):
@@ -188,21 +198,12 @@ def keys_kernel(
         q_head = head_of(q, stride_qb, stride_qh, batch, head, TMA)
         do_head = head_of(do, stride_dob, stride_doh, batch, head, TMA)
         rows = (batch * num_kv_heads * GROUP + head).to(tl.int64)
-        lse_head, delta_head = lse_ptr + rows * num_queries, delta_ptr + rows * num_queries
-        if CAUSAL or KEY_TAIL:
-            dK, dV = _gather(
-                dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
-                q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
-                stride_qm, stride_dom, batch, head, row0, start, unmasked, num_queries, num_keys,
-                qk_scale,
-                HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, True, ADD_DQ, PRECISION, TMA, WIDE,
-            )  # fmt: skip
         dK, dV = _gather(
             dK, dV, K, V, k, v, stride_kn, stride_vn, kv_head,
-            q_head, do_head, lse_head, delta_head, dq_sum, rows * num_queries_padded,
-            stride_qm, stride_dom, batch, head, row0, unmasked, num_queries, num_queries, num_keys,
-            qk_scale,
-            HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, False, ADD_DQ, PRECISION, TMA, WIDE,
+            q_head, do_head, lse2_ptr, delta_ptr, dq_sum, rows * num_queries_padded,
+            stride_qm, stride_dom, batch, head, row0, start, unmasked, num_queries, num_keys,
+            qk_scale, HEAD_DIM, HEAD_PAD, BLOCK_M, BLOCK_N, CAUSAL, KEY_TAIL, ADD_DQ,
+            PRECISION, TMA, WIDE,
         )  # fmt: skip
 
     dk_head = head_of(dk_ptr, stride_dkb, stride_dkh, batch, kv_head, False)
@@ -224,17 +225,17 @@ def _gather(
     kv_head,
     q,
     do,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_sum,
-    dq_row0,
+    padded_row0,
     stride_qm,
     stride_dom,
     batch,
     head,
     row0,
     start,
-    stop,
+    unmasked,
     num_queries,
     num_keys,
     qk_scale,
@@ -243,16 +244,16 @@ def _gather(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    KEY_TAIL: tl.constexpr,
     ADD_DQ: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Add what queries start..stop contribute to dK and dV, and to dQ."""
+    """Add what the queries from `start` on contribute to dK and dV, and to dQ."""
     SPLIT: tl.constexpr = PRECISION != "ieee"
     offs_n = row0 + tl.arange(0, BLOCK_N)
-    for m0 in tl.range(start, stop, BLOCK_M, disable_licm=SPLIT):
+    for m0 in tl.range(start, num_queries, BLOCK_M, disable_licm=SPLIT):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         if SPLIT:  # Three parts of each number in registers all along would spill.
             K = load_tile(
@@ -263,35 +264,43 @@ def _gather(
                 v, stride_vn, batch, kv_head, row0, num_keys,
                 BLOCK_N, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
             )  # fmt: skip
-        Q = load_tile(
-            q, stride_qm, batch, head, m0, num_queries,
-            BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
+        L = load_statistic(lse2_ptr + padded_row0 + offs_m, TMA)
+        Q, ST = _times_rows(
+            K, q, stride_qm, batch, head, m0, num_queries,
+            BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
         )  # fmt: skip
-        # A row that does not exist has L = inf, so P = 0.
-        L = tl.load(lse_ptr + offs_m, mask=offs_m < num_queries, other=float("inf"))
-        ST = tl.dot(K, Q.T, input_precision=PRECISION)
-        ST = ST * qk_scale - (L * LOG2_E)[None, :]
-        if MASKED:
-            seen = (offs_n < num_keys)[:, None]
-            if CAUSAL:
-                seen = seen & (offs_m[None, :] >= offs_n[:, None])
-            ST = tl.where(seen, ST, float("-inf"))
+        if not SPLIT:  # The sooner the better, but for the registers that it takes.
+            dO, dPT = _times_rows(
+                V, do, stride_dom, batch, head, m0, num_queries,
+                BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
+            )  # fmt: skip
+        ST = ST * qk_scale - L[None, :]
+        # Within the one loop: leaving a loop for the next drains its pipeline.
+        if CAUSAL or KEY_TAIL:  # noqa: SIM102
+            if m0 < unmasked:
+                if CAUSAL:
+                    seen = offs_m[None, :] >= offs_n[:, None]
+                    if KEY_TAIL:
+                        seen = seen & (offs_n < num_keys)[:, None]
+                else:
+                    seen = (offs_n < num_keys)[:, None]
+                ST = tl.where(seen, ST, float("-inf"))
         PT = tl.exp2(ST)
-        dO = load_tile(
-            do, stride_dom, batch, head, m0, num_queries,
-            BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
-        )  # fmt: skip
-        dPT = tl.dot(V, dO.T, input_precision=PRECISION)
+        if SPLIT:
+            dO, dPT = _times_rows(
+                V, do, stride_dom, batch, head, m0, num_queries,
+                BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
+            )  # fmt: skip
         dV = tl.dot(PT.to(dO.dtype), dO, dV, input_precision=PRECISION)
-        D = tl.load(delta_ptr + offs_m, mask=offs_m < num_queries, other=0.0)
+        D = load_statistic(delta_ptr + padded_row0 + offs_m, TMA)
         dST = (PT * (dPT - D[None, :])).to(Q.dtype)
         dK = tl.dot(dST, Q, dK, input_precision=PRECISION)
         if ADD_DQ:
             dQT = tl.dot(K.T, dST, input_precision=PRECISION)
             if TMA:
-                dq_sum.atomic_add([(dq_row0 + m0).to(tl.int32), 0], dQT.T)
+                dq_sum.atomic_add([(padded_row0 + m0).to(tl.int32), 0], dQT.T)
             else:
-                sums = tile_pointers(dq_sum, HEAD_PAD, dq_row0 + m0, BLOCK_M, HEAD_PAD, False)
+                sums = tile_pointers(dq_sum, HEAD_PAD, padded_row0 + m0, BLOCK_M, HEAD_PAD, False)
                 tl.atomic_add(sums, dQT.T, sem="relaxed")
     return dK, dV
 
@@ -302,7 +311,7 @@ def queries_kernel(
     k,
     v,
     do,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_ptr,
     stride_qb,
@@ -323,6 +332,7 @@ def queries_kernel(
     num_heads,
     num_batch_heads,
     num_queries,
+    num_queries_padded,
     num_keys,
     num_tiles,
     section,
@@ -335,6 +345,7 @@ def queries_kernel(
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     KEY_TAIL: tl.constexpr,
+    HOLD: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
@@ -359,9 +370,11 @@ def queries_kernel(
         do, stride_dom, batch, head, row0, num_queries,
         BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
     )  # fmt: skip
-    rows = batch_head.to(tl.int64) * num_queries + offs_m
-    L = tl.load(lse_ptr + rows, mask=offs_m < num_queries, other=float("inf")) * LOG2_E
-    D = tl.load(delta_ptr + rows, mask=offs_m < num_queries, other=0.0)
+    if HOLD:
+        Q = hold(Q, BLOCK_M, HEAD_PAD)
+        dO = hold(dO, BLOCK_M, HEAD_PAD)
+    rows = batch_head.to(tl.int64) * num_queries_padded + offs_m
+    L, D = tl.load(lse2_ptr + rows), tl.load(delta_ptr + rows)
     dQ = tl.zeros((BLOCK_M, HEAD_PAD), tl.float32)
 
     unmasked = num_keys // BLOCK_N * BLOCK_N
@@ -433,11 +446,15 @@ def _spread(
                 do, stride_dom, batch, head, row0, num_queries,
                 BLOCK_M, HEAD_DIM, HEAD_PAD, True, TMA, WIDE,
             )  # fmt: skip
-        K = load_tile(
-            k, stride_kn, batch, kv_head, n0, num_keys,
-            BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, TMA, WIDE,
+        K, S = _times_rows(
+            Q, k, stride_kn, batch, kv_head, n0, num_keys,
+            BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
         )  # fmt: skip
-        S = tl.dot(Q, K.T, input_precision=PRECISION)
+        if not SPLIT:
+            _, dP = _times_rows(
+                dO, v, stride_vn, batch, kv_head, n0, num_keys,
+                BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
+            )  # fmt: skip
         S = S * qk_scale - L[:, None]
         if MASKED:
             offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -446,11 +463,36 @@ def _spread(
                 seen = seen & (offs_m[:, None] >= offs_n[None, :])
             S = tl.where(seen, S, float("-inf"))
         P = tl.exp2(S)
-        V = load_tile(
-            v, stride_vn, batch, kv_head, n0, num_keys,
-            BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, TMA, WIDE,
-        )  # fmt: skip
-        dP = tl.dot(dO, V.T, input_precision=PRECISION)
+        if SPLIT:
+            _, dP = _times_rows(
+                dO, v, stride_vn, batch, kv_head, n0, num_keys,
+                BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
+            )  # fmt: skip
         dS = (P * (dP - D[:, None])).to(K.dtype)
         dQ = tl.dot(dS, K, dQ, input_precision=PRECISION)
     return dQ
+
+
+@triton.jit
+def _times_rows(
+    left,
+    source,
+    stride_row,
+    batch,
+    head,
+    row0,
+    num_rows,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return a tile of rows, and the product of what is left of it with its transpose."""
+    tile = load_tile(
+        source, stride_row, batch, head, row0, num_rows,
+        ROWS, HEAD_DIM, HEAD_PAD, CHECK_ROWS, TMA, WIDE,
+    )  # fmt: skip
+    return tile, tl.dot(left, tile.T, input_precision=PRECISION)

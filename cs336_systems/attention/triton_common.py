@@ -91,6 +91,33 @@ def load_tile(
 
 
 @triton.jit
+def hold(tile, ROWS: tl.constexpr, HEAD_PAD: tl.constexpr):
+    """Return the tile in registers, as a product's left operand, and not in shared memory.
+
+    Adding a product of zeros makes the compiler choose the layout. It costs registers, and takes
+    two of five reads of shared memory from a product whose right operand has 64 columns.
+    """
+    zeros = tl.dot(tl.zeros((ROWS, 16), tile.dtype), tl.zeros((16, HEAD_PAD), tile.dtype))
+    return tile + zeros.to(tile.dtype)
+
+
+@triton.jit
+def load_statistic(pointers, DIRECT: tl.constexpr):
+    """Read fp32 numbers, one a row.
+
+    DIRECT: not through the loop's pipeline, whose buffers would be what keeps a second program off
+    the multiprocessor.
+    """
+    if DIRECT:
+        numbers = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        numbers = tl.load(pointers)
+    return numbers
+
+
+@triton.jit
 def store_tile(
     base,
     stride_row,

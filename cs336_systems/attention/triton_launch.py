@@ -98,21 +98,26 @@ def plan_forward(
 
 
 def plan_preprocess(
-    o: Tensor, do: Tensor, delta: Tensor, dq_sum: Tensor | None, num_rows: int
+    o: Tensor, do: Tensor, lse: Tensor, lse2: Tensor, delta: Tensor, dq_sum: Tensor | None
 ) -> Launch:
-    """Return the launch that computes D and clears the dQ buffer of `num_rows` rows a head."""
+    """Return the launch that computes D, and L in base 2, and clears the dQ buffer.
+
+    Shapes: lse2 and delta are (batch, heads, padded rows), the buffer has as many rows in all.
+    """
     batch, num_heads, num_queries, head_dim = o.shape
     tile = row_tile(head_dim)
-    num_tiles = triton.cdiv(num_rows, tile.block_m)
+    num_tiles = triton.cdiv(delta.shape[2], tile.block_m)
     arguments = {
         "o_ptr": o,
         "do_ptr": do,
+        "lse_ptr": lse,
+        "lse2_ptr": lse2,
         "delta_ptr": delta,
         "dq_sum_ptr": delta if dq_sum is None else dq_sum,
         **_strides(om=o, dom=do),
         "num_heads": num_heads,
         "num_queries": num_queries,
-        "num_queries_padded": num_rows,
+        "num_queries_padded": delta.shape[2],
         "num_tiles": num_tiles,
         "HEAD_DIM": head_dim,
         "HEAD_PAD": head_pad(head_dim),
@@ -146,22 +151,24 @@ def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) ->
 
 
 def plan_keys(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor,
-    dq_sum: Tensor | None, dk: Tensor, dv: Tensor, *, num_rows: int, causal: bool, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse2: Tensor, delta: Tensor,
+    dq_sum: Tensor | None, dk: Tensor, dv: Tensor, *, causal: bool, scale: float,
     precision: str, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Return the launch that computes dK and dV, and adds up dQ where there is a buffer for it."""
-    batch, num_heads, _, head_dim = q.shape
-    num_kv_heads, num_keys = k.shape[1], k.shape[2]
+    batch, num_kv_heads, num_keys, head_dim = k.shape
+    num_queries = q.shape[2]
     num_tiles = triton.cdiv(num_keys, tile.block_n)
+    # A query that sees only keys before it sees none past the last.
+    key_tail = num_keys % tile.block_n != 0 and not (causal and num_queries <= num_keys)
     products = _products(tile, causal, precision, q=q, k=k, v=v, do=do)
     sums: Any = delta if dq_sum is None else dq_sum
     if products["TMA"] and dq_sum is not None:
-        rows, pad = batch * num_heads * num_rows, head_pad(head_dim)
+        rows, pad = delta.numel(), head_pad(head_dim)
         sums = TensorDescriptor(sums, [rows, pad], [pad, 1], [tile.block_m, pad])
     arguments = {
         **products,
-        "lse_ptr": lse,
+        "lse2_ptr": lse2,
         "delta_ptr": delta,
         "dq_sum": sums,
         "dk_ptr": dk,
@@ -169,36 +176,42 @@ def plan_keys(
         **_strides(qm=q, kn=k, vn=v, dom=do, dkn=dk, dvn=dv),
         "num_kv_heads": num_kv_heads,
         "num_batch_heads": batch * num_kv_heads,
-        "num_queries_padded": num_rows,
+        "num_queries_padded": delta.shape[2],
         "num_tiles": num_tiles,
         "section": _section(q, 1),
         "scale": scale,
         "qk_scale": scale * math.log2(math.e),
+        "KEY_TAIL": key_tail,
         "ADD_DQ": dq_sum is not None,
+        # With both masks in the loop registers run out.
+        "HOLD": tile.hold and products["TMA"] and not (causal and key_tail),
         "WIDE": _wide(tile, q, k, v, do, dk, dv),
     }
     return _launch(keys_kernel, num_tiles * batch * num_kv_heads, arguments, tile)
 
 
 def plan_queries(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, *,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse2: Tensor, delta: Tensor, dq: Tensor, *,
     causal: bool, scale: float, precision: str, tile: Tile,
 ) -> Launch:  # fmt: skip
     """Return the launch that computes dQ by itself."""
     batch, num_heads, num_queries, _ = q.shape
     num_tiles = triton.cdiv(num_queries, tile.block_m)
+    products = _products(tile, causal, precision, q=q, k=k, v=v, do=do)
     arguments = {
-        **_products(tile, causal, precision, q=q, k=k, v=v, do=do),
-        "lse_ptr": lse,
+        **products,
+        "lse2_ptr": lse2,
         "delta_ptr": delta,
         "dq_ptr": dq,
         **_strides(qm=q, kn=k, vn=v, dom=do, dqm=dq),
         "num_heads": num_heads,
         "num_batch_heads": batch * num_heads,
+        "num_queries_padded": delta.shape[2],
         "num_tiles": num_tiles,
         "section": _section(k, num_heads // k.shape[1]),
         "scale": scale,
         "qk_scale": scale * math.log2(math.e),
+        "HOLD": tile.hold and products["TMA"],
         "WIDE": _wide(tile, q, k, v, do, dq),
     }
     return _launch(queries_kernel, num_tiles * batch * num_heads, arguments, tile)
@@ -235,6 +248,8 @@ def _products(tile: Tile, causal: bool, precision: str, **tensors: Tensor) -> di
 
 def _launch(kernel: Any, num_programs: int, arguments: dict[str, Any], tile: Tile) -> Launch:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.most_registers is not None:
+        options["maxnreg"] = tile.most_registers
     return Launch(kernel=kernel, num_programs=num_programs, arguments=arguments, options=options)
 
 

@@ -125,30 +125,30 @@ def _plan_backward(
     do, q, k, v, o = views
     tiles = tiles_for(q)
     made = {"dq": empty_like(q), "dk": empty_like(k), "dv": empty_like(v)}
-    made["delta"] = q.new_empty(lse.shape, dtype=torch.float32)
+    num_rows = triton.cdiv(q.shape[2], ROWS_MULTIPLE) * ROWS_MULTIPLE
+    for name in ("lse2", "delta"):
+        made[name] = q.new_empty((*q.shape[:2], num_rows), dtype=torch.float32)
     how: dict[str, Any] = {"causal": causal, "scale": scale, "precision": precision(q.dtype)}
     one_pass = None if deterministic else tiles.one_pass
     if not (loads_in_vectors(q) and loads_in_vectors(do)):
         # Triton 3.6 compiles the one-pass kernel wrong where it cannot pipeline these loads: with
         # 32 queries to a tile it accesses illegal memory.
         one_pass = None
-    num_rows = q.shape[2]
     if one_pass is not None:
-        num_rows = triton.cdiv(num_rows, ROWS_MULTIPLE) * ROWS_MULTIPLE
         shape = (q.shape[0] * q.shape[1] * num_rows, head_pad(q.shape[3]))
         made["dq_sum"] = q.new_empty(shape, dtype=torch.float32)
 
     def preprocess(made: Results) -> Launch:
-        return plan_preprocess(o, do, made["delta"], made.get("dq_sum"), num_rows)
+        return plan_preprocess(o, do, lse, made["lse2"], made["delta"], made.get("dq_sum"))
 
     def keys(made: Results, tile: Tile) -> Launch:
         return plan_keys(
-            q, k, v, do, lse, made["delta"], made.get("dq_sum"), made["dk"], made["dv"],
-            num_rows=num_rows, **how, tile=tile,
+            q, k, v, do, made["lse2"], made["delta"], made.get("dq_sum"), made["dk"], made["dv"],
+            **how, tile=tile,
         )  # fmt: skip
 
     def queries(made: Results, tile: Tile) -> Launch:
-        return plan_queries(q, k, v, do, lse, made["delta"], made["dq"], **how, tile=tile)
+        return plan_queries(q, k, v, do, made["lse2"], made["delta"], made["dq"], **how, tile=tile)
 
     if one_pass is not None:
         tile = _tile("one_pass", one_pass, made, keys, preprocess)
