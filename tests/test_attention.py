@@ -83,7 +83,9 @@ def test_any_shape(
     plain = run("scaled_dot_prod_attention", q, k, v, do, is_causal)
     truth = [exact.o, exact.dq, exact.dk, exact.dv]
     got = run(kind, q, k, v, do, is_causal)
-    assert_within_budget(got, plain, truth, term_magnitudes(q, k, v, do))
+    # SDPA's backward pass computes each weight from its score and L.
+    magnitudes = term_magnitudes(q, k, v, do, rounded_scores=True)
+    assert_within_budget(got, plain, truth, magnitudes)
 
 
 @pytest.mark.parametrize("kind", ["scaled_dot_prod_attention", "vectorized_torch", "sdpa"])

@@ -269,11 +269,10 @@ def _gather(
             K, q, stride_qm, batch, head, m0, num_queries,
             BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
         )  # fmt: skip
-        if not SPLIT:  # The sooner the better, but for the registers that it takes.
-            dO, dPT = _times_rows(
-                V, do, stride_dom, batch, head, m0, num_queries,
-                BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
-            )  # fmt: skip
+        dO, dPT = _times_rows(
+            V, do, stride_dom, batch, head, m0, num_queries,
+            BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
+        )  # fmt: skip
         ST = ST * qk_scale - L[None, :]
         # Within the one loop: leaving a loop for the next drains its pipeline.
         if CAUSAL or KEY_TAIL:  # noqa: SIM102
@@ -286,11 +285,6 @@ def _gather(
                     seen = (offs_n < num_keys)[:, None]
                 ST = tl.where(seen, ST, float("-inf"))
         PT = tl.exp2(ST)
-        if SPLIT:
-            dO, dPT = _times_rows(
-                V, do, stride_dom, batch, head, m0, num_queries,
-                BLOCK_M, HEAD_DIM, HEAD_PAD, True, PRECISION, TMA, WIDE,
-            )  # fmt: skip
         dV = tl.dot(PT.to(dO.dtype), dO, dV, input_precision=PRECISION)
         D = load_statistic(delta_ptr + padded_row0 + offs_m, TMA)
         dST = (PT * (dPT - D[None, :])).to(Q.dtype)
@@ -450,11 +444,10 @@ def _spread(
             Q, k, stride_kn, batch, kv_head, n0, num_keys,
             BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
         )  # fmt: skip
-        if not SPLIT:
-            _, dP = _times_rows(
-                dO, v, stride_vn, batch, kv_head, n0, num_keys,
-                BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
-            )  # fmt: skip
+        _, dP = _times_rows(
+            dO, v, stride_vn, batch, kv_head, n0, num_keys,
+            BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
+        )  # fmt: skip
         S = S * qk_scale - L[:, None]
         if MASKED:
             offs_n = n0 + tl.arange(0, BLOCK_N)
@@ -463,11 +456,6 @@ def _spread(
                 seen = seen & (offs_m[:, None] >= offs_n[None, :])
             S = tl.where(seen, S, float("-inf"))
         P = tl.exp2(S)
-        if SPLIT:
-            _, dP = _times_rows(
-                dO, v, stride_vn, batch, kv_head, n0, num_keys,
-                BLOCK_N, HEAD_DIM, HEAD_PAD, MASKED, PRECISION, TMA, WIDE,
-            )  # fmt: skip
         dS = (P * (dP - D[:, None])).to(K.dtype)
         dQ = tl.dot(dS, K, dQ, input_precision=PRECISION)
     return dQ
