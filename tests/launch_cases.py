@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,8 +51,8 @@ def cuda_device() -> tuple[int, Tensor]:
 
 
 def write_pid(folder: str) -> None:
-    with open(os.path.join(folder, str(os.getpid())), "w"):
-        dist.barrier()
+    (Path(folder) / str(os.getpid())).touch()
+    dist.barrier()
 
 
 def write_pid_and_sleep(folder: str) -> None:
@@ -68,12 +69,19 @@ def raise_error() -> None:
     dist.barrier()
 
 
-def raise_after_the_others_felt_it() -> None:
+def raise_after_the_other_felt_it(folder: str) -> None:
+    felt = Path(folder) / "felt"
     if dist.get_rank() == FAULTY:
         dist.destroy_process_group()
-        time.sleep(0.5)
+        while not felt.exists():
+            time.sleep(0.05)
+        time.sleep(0.3)
         raise LookupError("nothing at 42")
-    dist.barrier()
+    try:
+        dist.barrier()
+    except RuntimeError:
+        felt.touch()
+        raise
 
 
 def raise_everywhere() -> None:
@@ -99,12 +107,16 @@ def kill_by(number: int) -> None:
     dist.barrier()
 
 
-def die_leaving_a_child_that_holds_the_pipe() -> None:
+def fail_leaving_a_child(folder: str, code: int | None) -> None:
+    """Raise, or end with `code`, after forking a child, which then holds the rank's pipe too."""
     if dist.get_rank() == FAULTY:
-        if os.fork() == 0:
-            time.sleep(5)
+        if (child := os.fork()) == 0:
+            time.sleep(60)
             os._exit(0)
-        os._exit(3)
+        (Path(folder) / str(child)).touch()
+        if code is not None:
+            os._exit(code)
+        raise LookupError("nothing at 42")
     dist.barrier()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -87,6 +88,8 @@ class RankHandle:
             code = self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             return Failure("closed the pipe to its parent", "", False, died_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the children that it may have left
         if code >= 0:
             return Failure(f"exited with code {code} without an answer", "", False, died_s)
         # NCCL's watchdog aborts a rank that waits too long for another one.

@@ -1,6 +1,6 @@
 """What runs inside one rank that `launch.RankPool` started: take a call, run it, answer.
 
-The process ends by `os._exit` or a signal, never through atexit, where NCCL can hang.
+The process ends by a signal of its own, never through atexit, where NCCL can hang.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def serve(fd: int, folder: str, rank: int) -> NoReturn:
             connection.send((failure, payload))
         if failure is not None:
             # Peers inside a collective feel it at once, rather than after their timeout.
-            os._exit(1)
+            _end()
 
 
 def _read(connection: Connection, calls: queue.SimpleQueue[bytes], folder: str) -> None:
@@ -104,8 +104,13 @@ def _read(connection: Connection, calls: queue.SimpleQueue[bytes], folder: str) 
             calls.put(connection.recv_bytes())
         except (EOFError, OSError):
             shutil.rmtree(folder, ignore_errors=True)
-            # The rank leads a process group, in which also children of its own are.
-            os.killpg(0, signal.SIGKILL)
+            _end()
+
+
+def _end() -> NoReturn:
+    """End this process and its own children, say of a data loader; it leads their group."""
+    os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def _answer(request: bytes) -> tuple[Failure | None, bytes]:
