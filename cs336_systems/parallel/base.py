@@ -66,6 +66,7 @@ class DataParallel(nn.Module):
             "broadcast_buffers": broadcast_buffers,
             **(own_options or {}),
         }
+        self.own_options: dict[str, Any] = dict(own_options or {})
         if communication_dtype is not None and not communication_dtype.is_floating_point:
             raise bad(self.strategy, "communication_dtype", "be floating", communication_dtype)
         check_structure(module, self.strategy, options, group)
@@ -117,8 +118,6 @@ class DataParallel(nn.Module):
         """
         if not self._synchronizing:
             raise UsageError(f"{self.strategy}: no_sync() must be left before gradients are synced")
-        if self._report.is_unread:
-            self._judge(self._report.read())
         self._synchronize()
         waits_anyway = self.find_unused or self.check_finite or self._device.type == "cpu"
         self._num_synchronized += 1
@@ -202,6 +201,8 @@ class DataParallel(nn.Module):
 
     def _synchronize(self) -> list[nn.Parameter]:
         """Reduce, report and complete; returns the parameters that had no gradient here."""
+        if self._report.is_unread:
+            self._judge(self._report.read())
         missing, changed = [], []
         parameters = list(self._parameters_once.values())
         for index, parameter in enumerate(parameters):

@@ -30,16 +30,15 @@ class Naive(DataParallel):
     strategy = "naive"
 
     def _reduce(self) -> None:
-        grads = [in_memory_order(laid_out_gradient(p)) for p in self._trainable()]
-        self._watch(grads)
-        for grad in grads:
+        self._grads = [in_memory_order(laid_out_gradient(p)) for p in self._trainable()]
+        wires = [grad.to(self.communication_dtype or grad.dtype) for grad in self._grads]
+        self._watch(wires)
+        for grad, wire in zip(self._grads, wires, strict=True):
             if grad.numel():
-                wire = grad.to(self.communication_dtype or grad.dtype)
                 all_reduce(wire, self.group, op=self._average_op)
                 if wire is not grad:
                     grad.copy_(wire)
 
     def _complete(self) -> None:
         if self._divisor > 1:
-            grads = [p.grad for p in self._trainable() if p.grad is not None]
-            torch._foreach_div_(grads, self._divisor)
+            torch._foreach_div_(self._grads, self._divisor)
