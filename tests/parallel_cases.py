@@ -529,6 +529,7 @@ class Statistics(nn.Module):
         self.register_buffer("table", torch.rand(WIDTH), persistent=False)
         self.register_buffer("expanded", torch.rand(1, WIDTH).expand(3, WIDTH))
         self.register_buffer("flags", torch.rand(3) > 0.5)
+        self.register_buffer("gapped", torch.rand(6)[::2])
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.norm(x) * self.table + self.expanded).sum()
@@ -542,11 +543,17 @@ def buffers_over_steps(strategy: str, broadcast_buffers: bool) -> dict[str, Any]
     wrapped = {name: buffer.clone().tolist() for name, buffer in net.named_buffers()}
     found = []
     net.norm.register_forward_pre_hook(lambda *_: found.append(net.norm.running_mean.tolist()))
+    counts = []
     for step in range(3):
+        with record_collectives() as log, model.no_sync():
+            model(inputs(step))
+            first = len(log)
+            model(inputs(step))
+        counts.append((first, len(log)))
         run_step(model, step)
     with torch.no_grad():
         model(inputs())
-    return {"wrapped": wrapped, "found": found}
+    return {"wrapped": wrapped, "found": found[::3], "counts": counts}
 
 
 def wrap_again(strategy: str) -> int:
@@ -554,6 +561,7 @@ def wrap_again(strategy: str) -> int:
     net = stack()
     run_step(wrap(net, strategy))
     gc.collect()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in net.parameters())
     model = wrap(net, strategy)
     with record_collectives() as log:
         run_step(model)
@@ -642,3 +650,19 @@ def wide_buckets(bucket_size_mb: float) -> list[int]:
         model(inputs(width=409)).backward()
         model.finish_gradient_synchronization()
     return [entry.numel for entry in log if entry.dtype is torch.float32]
+
+
+def report_read_late(strategy: str) -> list[str]:
+    """Leave a parameter unused in the second of four steps, reading reports as on a GPU."""
+    net = stack()
+    model = wrap(net, strategy)
+    model._reads_late = True
+    messages = []
+    for step in range(4):
+        net.skipped = frozenset([2]) if step == 1 and dist.get_rank() == 0 else frozenset()
+        try:
+            run_step(model, step)
+            messages.append("")
+        except UsageError as error:
+            messages.append(str(error))
+    return messages

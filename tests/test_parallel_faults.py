@@ -167,3 +167,13 @@ def test_sparse_gradients_are_refused(strategy: str, backend: str) -> None:
     assert set(pool(2, backend).run(ranks_do.sparse_gradient, strategy)) == {
         "data parallel: gradients must be dense, got layout torch.sparse_coo"
     }
+
+
+@EVERY
+def test_a_report_that_is_read_late_is_an_error_of_the_next_step(
+    strategy: str, backend: str
+) -> None:
+    for messages in pool(2, backend).run(ranks_do.report_read_late, strategy):
+        first, second, third, fourth = messages
+        assert first == second == fourth == ""
+        assert "got none for 'layers.2.weight' on 1 rank, 'layers.2.bias' on 1 rank" in third

@@ -129,6 +129,12 @@ def test_buffers_are_rank_zeros_at_the_start_of_each_step(
     zero, one = pool(2, backend).run(ranks_do.buffers_over_steps, strategy, broadcast_buffers)
     assert zero["wrapped"] == one["wrapped"]
     assert zero["found"][0] == one["found"][0]
+    # Running mean, variance and count of batches, what is expanded, gapped and boolean; and at the
+    # second step's first pass, the order of launches.
+    agreement = strategy in ("overlapped", "flashddp")
+    for step, (first, second) in enumerate(zero["counts"]):
+        assert second == first
+        assert first == (6 if broadcast_buffers and step else 0) + (agreement and step == 1)
     # A pass without gradients leaves them as they are: one rank may evaluate alone.
     for step in (1, 2):
         assert (zero["found"][step] == one["found"][step]) == broadcast_buffers

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cs336_systems.errors import UsageError
-from cs336_systems.parallel import STRATEGIES, option_names, wrap
+from cs336_systems.parallel import STRATEGIES, collectives, option_names, wrap
 from cs336_systems.parallel.bucket import ALIGNMENT_BYTES, Bucket, assign_buckets
+from cs336_systems.parallel.collectives import record_collectives
 from cs336_systems.parallel.layout import (
     gradient_strides,
     in_memory_order,
@@ -162,20 +163,35 @@ def test_a_bucket_carries_every_gradient_and_zeros_elsewhere(
     assert all(p.grad is view for p, view in zip(parameters, bucket.views, strict=True))
 
 
-def test_gradients_gather_until_they_are_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("communication_dtype", [None, torch.bfloat16])
+def test_gradients_gather_until_they_are_copied_together(
+    communication_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cs336_systems.parallel.bucket._PENDING_BYTES", 40)
     parameters = [nn.Parameter(torch.rand(5)) for _ in range(5)]
-    bucket = Bucket(parameters, None)
+    bucket = Bucket(parameters, communication_dtype)
     copies = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(
         torch, "_foreach_copy_", lambda to, source: (copies.append(len(to)), copy(to, source))
     )
     for slot, parameter in enumerate(parameters):
-        parameter.grad = torch.rand(5)
+        parameter.grad = torch.full((5,), 1.0 + slot)
         bucket.collect(slot)
     bucket.fill()
     assert copies == [2, 2, 1]
+    bucket.complete(1)
+    assert [parameter.grad.tolist() for parameter in parameters] == [
+        [1.0 + slot] * 5 for slot in range(5)
+    ]
+
+
+def test_recordings_that_are_equal_end_each_on_their_own() -> None:
+    with record_collectives() as outer:
+        with record_collectives() as inner:
+            assert outer == inner == []
+        assert [id(log) for log in collectives._observers] == [id(outer)]
+    assert collectives._observers == []
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
