@@ -7,39 +7,34 @@ pools and test runs can be at work at once.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from cs336_systems.errors import bad, unknown
-from cs336_systems.parallel.rank_process import Failure, join_group, pack, unpack
+from cs336_systems.errors import UsageError, bad, unknown
+from cs336_systems.parallel.rank_handle import RankHandle, stacks_of, wait_for_any
+from cs336_systems.parallel.rank_process import (
+    Failure,
+    is_loading_main,
+    join_group,
+    pack,
+    unpack,
+)
 
 _BACKENDS = ("gloo", "nccl")
 # Importing torch and joining, on a machine that is busy with other tests.
 _START_LIMIT_S = 120.0
 # How long to look for the cause after a rank felt the fault of another one in a collective.
 _GRACE_S = 2.0
-_BOOT = """\
-import json, sys
-settings = json.loads(sys.argv[1])
-sys.path[:] = settings.pop("path")
-from cs336_systems.parallel.rank_process import serve
-serve(**settings)
-"""
 
 
 class RankFailedError(RuntimeError):
@@ -54,11 +49,11 @@ class RankFailedError(RuntimeError):
 class RankTimeoutError(RuntimeError):
     """Ranks gave no answer in time; the message shows what each of them was doing."""
 
-    def __init__(self, stacks: dict[int, str], limit_s: float, echoes: dict[int, Failure]) -> None:
+    def __init__(self, stacks: dict[int, str], waited_s: float, echoes: dict[int, Failure]) -> None:
         self.ranks = sorted(stacks)
         names = ", ".join(map(str, self.ranks))
         plural = "" if len(stacks) == 1 else "s"
-        lines = [f"rank{plural} {names} gave no answer within {limit_s:g} s"]
+        lines = [f"rank{plural} {names} gave no answer in {waited_s:.1f} s"]
         lines += [f"rank {rank} meanwhile: {echo.summary}" for rank, echo in echoes.items()]
         lines += [f"stack of rank {rank}:\n{stack}" for rank, stack in sorted(stacks.items())]
         super().__init__("\n".join(lines))
@@ -100,7 +95,7 @@ class RankPool:
         self.world_size = world_size
         self.backend = backend
         self.timeout_s = timeout_s
-        self._ranks: list[_Rank] = []
+        self._ranks: list[RankHandle] = []
         self._folder: str | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -138,10 +133,9 @@ class RankPool:
 
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="cs336-ranks-")
-        environment = _environment(self.backend)
         try:
             for number in range(self.world_size):
-                self._ranks.append(_Rank(number, self._folder, environment))
+                self._ranks.append(RankHandle(number, self._folder, self.backend))
         except BaseException:
             self.close()
             raise
@@ -170,12 +164,13 @@ class RankPool:
         return [unpack(payload) for payload in payloads]
 
     def _collect(self, limit_s: float) -> list[bytes]:
-        deadline = time.monotonic() + limit_s
+        begin = time.monotonic()
+        deadline = begin + limit_s
         waiting = list(self._ranks)
         payloads: dict[int, bytes] = {}
         failures: dict[int, Failure] = {}
         while waiting and (left_s := deadline - time.monotonic()) > 0:
-            for rank in _ready(waiting, left_s):
+            for rank in wait_for_any(waiting, left_s):
                 waiting.remove(rank)
                 failure, payloads[rank.number] = rank.receive()
                 if failure is not None:
@@ -185,7 +180,7 @@ class RankPool:
                 {number: failure for number, failure in failures.items() if not failure.is_echo}
             )
         if waiting:
-            raise RankTimeoutError(_stacks(waiting), limit_s, failures)
+            raise RankTimeoutError(stacks_of(waiting), time.monotonic() - begin, failures)
         self._raise_first(failures)
         return [payloads[number] for number in range(self.world_size)]
 
@@ -195,94 +190,13 @@ class RankPool:
             raise RankFailedError(first, self.world_size, failures[first])
 
 
-class _Rank:
-    """The parent's side of one rank: its process and the pipe to it."""
-
-    def __init__(self, number: int, folder: str, environment: dict[str, str]) -> None:
-        self.number = number
-        self._stacks = Path(folder) / f"rank{number}.stacks"
-        self.connection, theirs = Pipe()
-        path = [entry for entry in sys.path if isinstance(entry, str)]
-        settings = {"path": path, "fd": theirs.fileno(), "folder": folder, "rank": number}
-        warn_options = [f"-W{option}" for option in sys.warnoptions]
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, *warn_options, "-c", _BOOT, json.dumps(settings)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-
-    def send(self, request: bytes) -> None:
-        try:
-            self.connection.send_bytes(request)
-        except (BrokenPipeError, ConnectionResetError):
-            return  # It is dead, which is found out where its answer is waited for.
-
-    def receive(self) -> tuple[Failure | None, bytes]:
-        try:
-            if self.connection.poll():
-                return self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            pass
-        return Failure(self._last_words(), self.stacks(), False, time.monotonic()), b""
-
-    def _last_words(self) -> str:
-        code = self.process.wait()
-        if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"exited with code {code} in the middle of a call"
-
-    def ask_for_stacks(self) -> None:
-        self.process.send_signal(signal.SIGUSR1)
-
-    def stacks(self) -> str:
-        return self._stacks.read_text(errors="replace") if self._stacks.exists() else ""
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def reap(self) -> None:
-        self.process.wait()
-        self.connection.close()
-
-
-def _ready(ranks: list[_Rank], limit_s: float) -> list[_Rank]:
-    """Wait a little for ranks that have answered or died."""
-    # A dead rank's pipe stays open while a child of its own holds it, so its end is looked for too.
-    answered = wait([rank.connection for rank in ranks], min(limit_s, 0.1))
-    return [
-        rank for rank in ranks if rank.connection in answered or rank.process.poll() is not None
-    ]
-
-
-def _stacks(ranks: Iterable[_Rank]) -> dict[int, str]:
-    """Have stuck ranks write down their stacks, which works inside native code too."""
-    ranks = list(ranks)
-    for rank in ranks:
-        rank.ask_for_stacks()
-    time.sleep(0.2)
-    return {rank.number: rank.stacks() or "(none written)" for rank in ranks}
-
-
-def _environment(backend: str) -> dict[str, str]:
-    """Return the environment of a rank: the parent's, without what its pytest left there."""
-    names = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    if backend == "gloo":
-        names["OMP_NUM_THREADS"] = "1"
-        if sys.platform == "linux":
-            # All ranks are on this machine, whatever its host name resolves to.
-            names.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return names
-
-
 def _request(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    name = getattr(function, "__qualname__", "<")
-    if "<" in name:
+    if is_loading_main():
+        rule = 'be called under `if __name__ == "__main__":`, since ranks import the program'
+        raise UsageError(f"RankPool: run must {rule}")
+    if "<" in getattr(function, "__qualname__", ""):
         raise bad("RankPool.run", "function", "be found at the top of a module", function)
-    main_name = _main_module_name() if function.__module__ == "__main__" else None
+    main_name = _main_module_name() if getattr(function, "__module__", "") == "__main__" else None
     return pickle.dumps((main_name, pack((function, args, kwargs))))
 
 

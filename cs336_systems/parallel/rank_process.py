@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -82,16 +81,17 @@ def serve(fd: int, folder: str, rank: int) -> NoReturn:
     stacks = (Path(folder) / f"rank{rank}.stacks").open("wb")
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
+    os.set_inheritable(fd, False)
     connection = Connection(fd)
     calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read, args=(connection, calls, folder), daemon=True)
-    reader.start()
+    threading.Thread(target=_read, args=(connection, calls, folder), daemon=True).start()
     while True:
         failure, payload = _answer(calls.get())
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         with contextlib.suppress(BrokenPipeError):
             connection.send((failure, payload))
-        sys.stdout.flush()
-        sys.stderr.flush()
         if failure is not None:
             # Peers inside a collective feel it at once, rather than after their timeout.
             os._exit(1)
@@ -104,23 +104,41 @@ def _read(connection: Connection, calls: queue.SimpleQueue[bytes], folder: str) 
             calls.put(connection.recv_bytes())
         except (EOFError, OSError):
             shutil.rmtree(folder, ignore_errors=True)
-            # The rank leads a group of its own, in which also its data-loading children are.
+            # The rank leads a process group, in which also children of its own are.
             os.killpg(0, signal.SIGKILL)
 
 
 def _answer(request: bytes) -> tuple[Failure | None, bytes]:
     try:
         main_name, call = pickle.loads(request)
-        if main_name is not None and getattr(sys.modules["__main__"], "__name__", "") != main_name:
-            sys.modules["__main__"] = importlib.import_module(main_name)
+        if main_name is not None and _main.name != main_name:
+            _main.load(main_name)
         function, args, kwargs = unpack(call)
-        return None, pack(_run(function, args, kwargs))
+        return None, pack(function(*args, **kwargs))
     except BaseException as error:
         return _describe(error), b""
 
 
-def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return function(*args, **kwargs)
+class _Main:
+    """The program whose functions are called, imported here under its own name."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.is_loading = False
+
+    def load(self, name: str) -> None:
+        self.name = name
+        self.is_loading = True
+        sys.modules["__main__"] = importlib.import_module(name)
+        self.is_loading = False
+
+
+_main = _Main()
+
+
+def is_loading_main() -> bool:
+    """Tell whether the code that asks runs because a rank imports the program that started it."""
+    return _main.is_loading
 
 
 def _describe(error: BaseException) -> Failure:
