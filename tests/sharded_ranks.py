@@ -143,14 +143,11 @@ def train(run: Run, steps: range) -> list[list[Tensor]]:
     for number in steps:
         assert run.step(number) == (float(number) if run.case.closure else None)
         if isinstance(run.optimizer, ShardedOptimizer):
-            assert run.optimizer.pending == bool(run.case.overlap and any(map(_numel, run.params)))
+            sent = any(param.numel() for param in run.optimizer.params)
+            assert run.optimizer.pending == (run.case.overlap and sent)
             run.optimizer.wait()
         history.append(run.values())
     return history
-
-
-def _numel(tensor: Tensor) -> int:
-    return tensor.numel()
 
 
 def plain_and_sharded(case: Case) -> dict[str, Any]:

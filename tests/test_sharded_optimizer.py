@@ -21,6 +21,7 @@ from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
 
 SHAPES = [(), (0,), (1,), (3, 5), (17,), (7, 15), (0, 4), (33,), (64, 8), (2, 3, 4)]
 MIXED = Case(((7, 15), (0,), (17,), (), (64, 8), (1,)), groups=(1, 0, 2, 0, 1))
+NONE_EMPTY = replace(MIXED, shapes=((7, 15), (9,), (17,), (), (64, 8), (1,)))
 SQUARES = Case(((8, 8),) * 8)
 BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, pytest.mark.multigpu(2)])]
 
@@ -66,7 +67,9 @@ def test_equals_the_plain_optimizer_bitwise(case: Case, world_size: int) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_and_ranks_that_own_nothing(optimizer: str, backend: str) -> None:
-    results = check_case(replace(MIXED, optimizer=optimizer), 2, backend)
+    # Torch's own Adafactor fails on empty parameters.
+    case = NONE_EMPTY if optimizer == "adafactor" else MIXED
+    results = check_case(replace(case, optimizer=optimizer), 2, backend)
     assert all(result["has_inner"] for result in results)
     if backend == "gloo":
         results = check_case(Case(((4, 3), (2,)), optimizer=optimizer), 3)
@@ -126,7 +129,7 @@ def test_equals_torch_zero(optimizer: str, backend: str) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "basics_adamw", "adafactor"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_a_state_saved_on_two_ranks_loads_on_any_number(optimizer: str, world_size: int) -> None:
-    case = replace(MIXED, optimizer=optimizer, without_gradient=frozenset({2}))
+    case = replace(NONE_EMPTY, optimizer=optimizer, without_gradient=frozenset({2}))
     plain = on_rank.make_run(case, sharded=False, device=torch.device("cpu"))
     expected = on_rank.train(plain, range(6))[-1]
     saved, nothing = pool(2).run(on_rank.save_after, case, 3, 0)

@@ -80,7 +80,7 @@ class ShardedOptimizer(Optimizer):
         # nothing, and it refuses what the plain optimizer refuses.
         groups, self._template = agreed(_WHERE, check, group)
         chunk_bytes = _OVERLAPPED_CHUNK_BYTES if overlap else None
-        self._broadcast = ParameterBroadcast(group, chunk_bytes=chunk_bytes)
+        self.broadcast = ParameterBroadcast(group, chunk_bytes=chunk_bytes)
         super().__init__(groups, self._template.defaults)
         self._constructed = True
         self._own(self.param_groups)
@@ -127,7 +127,7 @@ class ShardedOptimizer(Optimizer):
                 loss = closure()
         self._full_state = None
         self._step_owned(kwargs)
-        self._broadcast.start()
+        self.broadcast.start()
         if not self.overlap:
             self.wait()
         return loss
@@ -135,11 +135,11 @@ class ShardedOptimizer(Optimizer):
     @property
     def pending(self) -> bool:
         """Whether parameters may still be on their way."""
-        return self._broadcast.pending
+        return self.broadcast.pending
 
     def wait(self, params: Iterable[Tensor] | None = None) -> None:
         """Have the current stream wait until `params` (all of them when None) are up to date."""
-        self._broadcast.wait(params)
+        self.broadcast.wait(params)
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Gather the state on rank `to` (on all when None), for `state_dict`; call on every rank.
@@ -204,7 +204,7 @@ class ShardedOptimizer(Optimizer):
         for size, owner in zip(sizes, owners, strict=True):
             self._loads[owner] += size
         self.owner_of.update(zip(params, owners, strict=True))
-        self._broadcast.add(params, owners)
+        self.broadcast.add(params, owners)
         self._full_state = None
         if self.inner is not None:
             for group in groups:
