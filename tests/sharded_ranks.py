@@ -429,7 +429,7 @@ def version_after_step() -> int:
 
 def against_torch_zero(case: Case) -> tuple[list[Tensor], list[Tensor], Any, Any]:
     """Train with torch's ZeroRedundancyOptimizer and ours."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from cs336_systems.parallel.peers_zero import ZeroRedundancyOptimizer
 
     optimizer_cls, kwargs = OPTIMIZERS[case.optimizer]
     params = make_params(case, communication_device())

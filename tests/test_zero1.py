@@ -16,7 +16,6 @@ from zero1_ranks import MODELS, Case
 
 from cs336_systems.errors import UsageError
 from cs336_systems.parallel import STRATEGIES, wrap
-from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
 
 BACKENDS = ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, pytest.mark.multigpu(2)])]
 # Sums over ranks and micro-batches are taken in another order than in one process; in fp64 that is
@@ -69,7 +68,7 @@ def check_case(case: Case, world_size: int, backend: str = "gloo") -> list[dict[
     state, norms = on_rank.single(case, world_size * case.num_micro_batches)
     results = pool(world_size, backend).run(on_rank.train, case)
     for result in results:
-        assert result["optimizer"] is ShardedOptimizer
+        assert result["optimizer"] == "ShardedOptimizer"
         assert_close(result["state"], results[0]["state"], rtol=0, atol=0)
         assert_close(result["state"], state, **TOLERANCE)
         assert_close(result["norms"], norms, **TOLERANCE)
@@ -140,7 +139,7 @@ def test_torch_zero_is_the_same_training(optimizer: str, backend: str) -> None:
     case = Case(optimizer=optimizer, num_micro_batches=2, max_norm=0.01)
     ours = check_case(case, 2, backend)
     theirs = pool(2, backend).run(on_rank.train, replace(case, strategy="torch_zero"))
-    assert [result["optimizer"].__name__ for result in theirs] == ["ZeroRedundancyOptimizer"] * 2
+    assert [result["optimizer"] for result in theirs] == ["ZeroRedundancyOptimizer"] * 2
     for result in theirs:
         assert_close(result["state"], ours[0]["state"], **TOLERANCE)
 

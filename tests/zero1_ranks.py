@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class Normed(nn.Module):
 
 def _mlp() -> nn.Module:
     sizes = [WIDTH, 24, 16, WIDTH]
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
@@ -121,8 +122,8 @@ def make_model(case: Case, device: torch.device) -> nn.Module:
 
 def batch(case: Case, step: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + case.seed + 1)
-    # Divides into up to 4 ranks and 3 micro-batches; attention mixes rows of one part only.
-    return torch.randn(24, WIDTH, generator=generator, dtype=torch.float64).to(device, case.dtype)
+    # Divides evenly among up to 3 ranks with up to 3 micro-batches each.
+    return torch.randn(36, WIDTH, generator=generator, dtype=torch.float64).to(device, case.dtype)
 
 
 def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -183,7 +184,12 @@ def _train(case: Case) -> dict[str, Any]:
         if scheduler is not None:
             scheduler.step()
     state = {name: value.cpu().clone() for name, value in wrapper.full_state_dict().items()}
-    return {"state": state, "norms": norms, "pending_steps": stale, "optimizer": type(optimizer)}
+    return {
+        "state": state,
+        "norms": norms,
+        "pending_steps": stale,
+        "optimizer": type(optimizer).__name__,
+    }
 
 
 def _through(wrapper: Any, compiled: Any) -> Callable[[Tensor], Tensor]:

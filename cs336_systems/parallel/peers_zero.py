@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from cs336_systems.parallel.peers import TorchDDP
+
+with warnings.catch_warnings():
+    # Importing it scripts functions, of which torch warns.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 class TorchZero(TorchDDP):
