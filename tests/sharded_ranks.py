@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import adapters
 import torch
 import torch.distributed as dist
 from cs336_basics.optimizer import AdamW
@@ -156,6 +157,8 @@ def plain_and_sharded(case: Case) -> dict[str, Any]:
     steps = range(NUM_STEPS)
     result = {"plain": train(plain, steps), "sharded": train(sharded, steps)}
     optimizer = sharded.optimizer
+    # To look at a state, also where it is not kept, must not change what is saved.
+    assert any(optimizer.state[param] for param in others(sharded)) is False
     optimizer.consolidate_state_dict(to=None)
     return {
         **result,
@@ -166,6 +169,12 @@ def plain_and_sharded(case: Case) -> dict[str, Any]:
         "owners": [optimizer.owner_of[param] for param in optimizer.params],
         "has_inner": optimizer.inner is not None,
     }
+
+
+def others(run: Run) -> list[Tensor]:
+    """Return the parameters that this rank does not own."""
+    owner_of = run.optimizer.owner_of
+    return [param for param in run.params if owner_of[param] != dist.get_rank()]
 
 
 def to_cpu(value: Any) -> Any:
@@ -209,8 +218,9 @@ def error_of(kind: str) -> tuple[str, str]:
     return "none", ""
 
 
-def _sharded(params: Any, **kwargs: Any) -> ShardedOptimizer:
-    return ShardedOptimizer(params, torch.optim.SGD, **{"lr": 0.1, "momentum": 0.9, **kwargs})
+def _sharded(params: Any, **kwargs: Any) -> Any:
+    options = {"lr": 0.1, "momentum": 0.9, **kwargs}
+    return adapters.get_sharded_optimizer(params, torch.optim.SGD, **options)
 
 
 def _weight(*shape: int, **kwargs: Any) -> nn.Parameter:
@@ -322,20 +332,23 @@ _MISUSES: dict[str, Callable[[], Any]] = {
 
 
 def usable_after_refused_group() -> list[int]:
-    """Add a group that is refused, then one that is not, and return the groups' sizes."""
+    """Add groups that are refused, then one that is not, train, save and load, and return sizes."""
     first, second = _weight(3), _weight(2)
     optimizer = _sharded([first])
-    for group in ([first], [second]):
+    refusals = 0
+    for group in ([first], [_weight(_on_last_rank(4, 3))], [second]):
         try:
             optimizer.add_param_group({"params": group})
         except ValueError:
-            assert group == [first]
+            refusals += 1
+    assert refusals == 2
     for param in (first, second):
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert bool((second != 1).all())
     optimizer.consolidate_state_dict(to=None)
-    return [len(group["params"]) for group in optimizer.state_dict()["param_groups"]]
+    optimizer.load_state_dict(optimizer.state_dict())
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
 def collectives_of_steps(case: Case) -> dict[str, Any]:

@@ -59,8 +59,9 @@ def test_no_module_reads_a_parameter_too_early(model: str, backend: str) -> None
 
 
 @distributed
-def test_a_model_that_is_compiled_later_waits() -> None:
-    for result in check_case(Case(compile_whole=True, lazy=True), 2):
+@pytest.mark.parametrize("options", [{"compile_whole": True}, {"compile_after": 1}])
+def test_what_is_compiled_later_waits(options: dict[str, Any]) -> None:
+    for result in check_case(Case(lazy=True, **options), 2):
         assert result["pending_steps"] == 5
 
 

@@ -18,13 +18,15 @@ from cs336_basics.model import BasicsTransformerLM
 from cs336_basics.optimizer import AdamW
 from torch import Tensor, nn
 
-from cs336_systems.parallel import collectives, parameter_broadcast, wrap
+from cs336_systems.parallel import collectives, parameter_broadcast, sharded_optimizer, wrap
 from cs336_systems.parallel.collectives import communication_device, record_collectives
 
+# Adam divides by the size of a gradient: what is zero but for rounding (that of an attention's key
+# bias, say) would become a step of any size, and clipping would not show. A large eps stops both.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-    "basics_adamw": (AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-4}),
+    "basics_adamw": (AdamW, {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-4}),
 }
 WIDTH = 8
 
@@ -110,6 +112,8 @@ class Case:
     bucket_size_mb: float | None = 25
     dtype: torch.dtype = torch.float64
     compile_whole: bool = False
+    compile_after: int | None = None
+    """The step after which the model's last layer is compiled in place."""
     lazy: bool = False
     """Parameters arrive when they are waited for and not a moment before."""
     seed: int = 0
@@ -180,6 +184,8 @@ def _train(case: Case) -> dict[str, Any]:
             norms.append(float(wrapper.clip_grad_norm(case.max_norm)))
         optimizer.step()
         stale += int(getattr(optimizer, "pending", False))
+        if step == case.compile_after:
+            wrapper.module[-1].compile(backend="eager")
         optimizer.zero_grad()
         if scheduler is not None:
             scheduler.step()
@@ -229,8 +235,13 @@ def late_delivery() -> Iterator[None]:
         assert async_op
         return _Late(tensor, group, source)
 
-    with mock.patch.object(parameter_broadcast, "broadcast", send):
+    with mock.patch.object(parameter_broadcast, "broadcast", send), one_message_per_parameter():
         yield
+
+
+def one_message_per_parameter() -> Any:
+    """Have no parameter arrive with another one that was waited for."""
+    return mock.patch.object(sharded_optimizer, "_OVERLAPPED_CHUNK_BYTES", 1)
 
 
 def _stepped() -> tuple[Any, Any]:
@@ -307,7 +318,7 @@ def load_after_step() -> bool:
 def layers_waited_for() -> list[int]:
     """Return how many parameters are still on their way as each layer begins."""
     case = Case()
-    with mock.patch("cs336_systems.parallel.sharded_optimizer._OVERLAPPED_CHUNK_BYTES", 1):
+    with one_message_per_parameter():
         wrapper = wrap(make_model(case, communication_device()), "zero1")
         optimizer = wrapper.build_optimizer(torch.optim.SGD, lr=0.1)
     counts: list[int] = []

@@ -28,6 +28,8 @@ class ForwardWaits:
         self._broadcasts: list[tuple[weakref.ref[ShardedOptimizer], ParameterBroadcast]] = []
         self._called: set[nn.Module] = set()
         for module in root.modules():
+            if next(module.parameters(), None) is None:
+                continue
             before = self._before_root if module is root else self._before_forward
             # In front of hooks that compute a weight from parameters.
             module.register_forward_pre_hook(before, prepend=True)
@@ -71,7 +73,7 @@ class ForwardWaits:
 
     def _read_by(self, module: nn.Module) -> Iterator[Tensor]:
         """Iterate over the parameters in `module` for which nobody in it will wait."""
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if "_orig_mod" in module._modules:  # The result of torch.compile(module).
             yield from module.parameters()
             return
         yield from _own_parameters(module)

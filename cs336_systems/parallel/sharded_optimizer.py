@@ -150,13 +150,19 @@ class ShardedOptimizer(Optimizer):
             raise bad(_WHERE, "to", f"be None or a rank below {self.world_size}", to)
         params = self.params
         numbers: dict[Any, int] = {param: number for number, param in enumerate(params)}
-        states = {numbers.get(key, key): state for key, state in self.state.items()}
+        # Who reads the state of a parameter owned elsewhere leaves an empty entry behind.
+        states = {
+            numbers.get(key, key): state
+            for key, state in self.state.items()
+            if self.owner_of.get(key, self.rank) == self.rank
+        }
         self._full_state = None
         if (full := gather_states(states, to=to, group=self.group)) is not None:
-            of_params = {
-                params[number]: full.pop(number) for number in numbers.values() if number in full
+            in_order = {
+                params[number]: full.pop(number)
+                for number in sorted(set(full) & set(numbers.values()))
             }
-            self._full_state = {**of_params, **full}
+            self._full_state = {**in_order, **full}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plain optimizer's state dict, with tensors on the CPU.
