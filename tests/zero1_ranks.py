@@ -114,6 +114,7 @@ class Case:
     compile_whole: bool = False
     compile_after: int | None = None
     """The step after which the model's last layer is compiled in place."""
+    overlap: bool = True
     lazy: bool = False
     """Parameters arrive when they are waited for and not a moment before."""
     seed: int = 0
@@ -163,7 +164,10 @@ def train(case: Case) -> dict[str, Any]:
 
 def _train(case: Case) -> dict[str, Any]:
     device = communication_device()
-    wrapper = wrap(make_model(case, device), case.strategy, bucket_size_mb=case.bucket_size_mb)
+    options: dict[str, Any] = {"bucket_size_mb": case.bucket_size_mb}
+    if case.strategy == "zero1":
+        options["overlap"] = case.overlap
+    wrapper = wrap(make_model(case, device), case.strategy, **options)
     optimizer_cls, kwargs = OPTIMIZERS[case.optimizer]
     optimizer = wrapper.build_optimizer(optimizer_cls, **kwargs)
     scheduler = _scheduler(optimizer) if case.scheduled else None
@@ -272,6 +276,8 @@ def accesses_after_step(kind: str) -> dict[str, Any]:
             got = list(wrapper.module.state_dict().values())
         elif kind == "part_state_dict":
             got = list(wrapper.module[0].state_dict().values())
+        elif kind == "parameters":
+            got = [parameter.detach() for parameter in wrapper.parameters()]
         elif kind == "deepcopy":
             copied = copy.deepcopy(wrapper.module)
             got = _values(copied)

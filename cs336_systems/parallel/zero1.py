@@ -8,6 +8,7 @@ gradients that users can read on one rank only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -19,16 +20,18 @@ from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
 
 
 class Zero1(FlashDDP):
-    """`flashddp` with a `ShardedOptimizer`, whose exchange overlaps with the next forward pass.
+    """`flashddp` with a `ShardedOptimizer`.
 
-    Between a step and the next forward pass, read parameters through a state dict, or after the
-    optimizer's `wait()`.
+    overlap: the optimizer's exchange goes on during the next forward pass. Until then, read
+        parameters through this wrapper, a state dict, or after the optimizer's `wait()`: those of
+        the wrapped module itself, read directly, may still be the old ones.
     """
 
     strategy = "zero1"
 
-    def __init__(self, module: nn.Module, **options: Any) -> None:
+    def __init__(self, module: nn.Module, *, overlap: bool = True, **options: Any) -> None:
         super().__init__(module, **options)
+        self.overlap = overlap
         self._waits = ForwardWaits(module)
 
     def build_optimizer(
@@ -37,6 +40,13 @@ class Zero1(FlashDDP):
         """Make the sharded optimizer of `params`, or of all that is trainable, on every rank."""
         self._waits.wait_for_all()
         chosen = list(self._trainable()) if params is None else params
-        optimizer = ShardedOptimizer(chosen, optimizer_cls, self.group, overlap=True, **kwargs)
+        optimizer = ShardedOptimizer(
+            chosen, optimizer_cls, self.group, overlap=self.overlap, **kwargs
+        )
         self._waits.add(optimizer)
         return optimizer
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over the parameters, up to date."""
+        self._waits.wait_for_all()
+        return super().named_parameters(*args, **kwargs)
