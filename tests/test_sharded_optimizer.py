@@ -200,8 +200,7 @@ def test_a_step_sends_one_message_per_owner_and_dtype(overlap: bool, backend: st
     case = replace(SQUARES, dtypes=("fp32", "fp32", "bf16") * 2, overlap=overlap)
     for result in pool(2, backend).run(on_rank.collectives_of_steps, case):
         assert result["names"] == ["broadcast"] * 8
-        # Six squares in fp32 and two in bf16 are not padded, being multiples of 256 bytes... half
-        # of the latter is 128.
+        # Squares fill 256 bytes in fp32 and half of that in bf16, which is padded.
         assert sum(result["bytes"]) == 2 * (6 * 256 + 2 * 256)
         assert result["stay"]
         assert result["aligned"]
