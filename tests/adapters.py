@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 
 
@@ -64,3 +67,12 @@ def get_ddp(module: torch.nn.Module) -> torch.nn.Module:
 def ddp_on_after_backward(ddp_model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Wait for the reductions."""
     ddp_model.finish_gradient_synchronization()
+
+
+def get_sharded_optimizer(
+    params: Iterable[Any], optimizer_cls: type[torch.optim.Optimizer], **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Return an optimizer that keeps its state for this rank's part of the parameters."""
+    from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
+
+    return ShardedOptimizer(params, optimizer_cls, **kwargs)

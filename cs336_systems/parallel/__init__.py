@@ -50,9 +50,19 @@ STRATEGIES = Table(
             summary="one all-reduce per bucket whose memory is the gradients, during the "
             "backward pass",
         ),
+        "zero1": Entry(
+            target=f"{_HERE}.zero1:Zero1",
+            summary="flashddp, with optimizer state on one rank per parameter and parameters sent "
+            "during the next forward pass",
+        ),
         "torch_ddp": Entry(
             target=f"{_HERE}.peers:TorchDDP",
             summary="torch's DistributedDataParallel",
+            peer=True,
+        ),
+        "torch_zero": Entry(
+            target=f"{_HERE}.peers_zero:TorchZero",
+            summary="torch's DistributedDataParallel with its ZeroRedundancyOptimizer",
             peer=True,
         ),
     },
