@@ -131,7 +131,7 @@ def looked(strategy: str, half: bool) -> list[traffic_ranks.Looked]:
 
 
 # The step's report and the like: a few numbers a tensor.
-SMALL_BYTES = 32 * traffic_ranks.NUM_TENSORS
+SMALL_BYTES = 128 * traffic_ranks.NUM_TENSORS
 
 
 @pytest.mark.parametrize("half", [False, True])
