@@ -3,6 +3,7 @@ pipelines run bucket by bucket, device counts searched."""
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
@@ -232,14 +233,22 @@ def products(tokens: Fraction, d_model: Fraction, d_ff: Fraction) -> tuple[Fract
     return Fraction(forward), Fraction(backward)
 
 
+@functools.cache
+def parts_sent(collective: str, n: int) -> int:
+    """Return how many of its n parts each rank sends in a simulated collective."""
+    network: simulated.Network = getattr(simulated, collective)(n)
+    (sent,) = set(network.num_parts_sent)
+    return sent
+
+
 def gathered(num_bytes: Fraction, n: int) -> Fraction:
     """Return what a rank sends in a simulated ring all-gather or reduce-scatter of so much."""
-    return num_bytes * simulated.reduce_scatter(n).num_parts_sent[0] / n
+    return num_bytes * parts_sent("reduce_scatter", n) / n
 
 
 def reduced(num_bytes: Fraction, n: int) -> Fraction:
     """Return what a rank sends in a simulated ring all-reduce of so much."""
-    return num_bytes * simulated.ring(n).num_parts_sent[0] / n
+    return num_bytes * parts_sent("ring", n) / n
 
 
 def by_hand(layer: Layer, x: int, y: int, *, gathers: bool) -> list[tuple[Fraction, Fraction]]:
