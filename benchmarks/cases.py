@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from all_reduce_cases import Grid as AllReduces
+from all_reduce_cases import add_options as add_all_reduce_options
+from all_reduce_cases import chosen_grid as chosen_all_reduces
 from attention_bench import DTYPES
 from choices import at_least, listed, one_of
 from flash_cases import HARNESS_REP_MS, Grids, chosen_grids
@@ -49,6 +52,7 @@ class Selection:
     dtypes: tuple[str, ...]
     flash: Grids
     harness_rep_ms: int
+    all_reduce: AllReduces | None
     smoke: bool
     gate: bool
     nvtx: bool
@@ -94,6 +98,7 @@ def add_options(parser: pytest.Parser) -> None:
         type=int,
         help=f"attention harness: do_bench's repetitions (default: {HARNESS_REP_MS})",
     )
+    add_all_reduce_options(group)
     group.addoption("--smoke", action="store_true", help="a few cases of every file, in seconds")
     group.addoption(
         "--gate",
@@ -149,6 +154,7 @@ def _selection(config: pytest.Config) -> Selection:
         head_dims=numbers("--head-dims", "head_dims", 1),
         dtypes=names("--dtypes", "dtypes", DTYPES),
         flash={} if gate else chosen_grids(option, device, smoke=smoke),
+        all_reduce=None if gate else chosen_all_reduces(option, device, smoke=smoke),
         harness_rep_ms=rep_ms or (100 if smoke else HARNESS_REP_MS),
         smoke=smoke,
         gate=gate,

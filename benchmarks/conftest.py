@@ -8,6 +8,7 @@ import pytest
 from cases import Selection, add_options, selection
 from model_bench import ModelSlot
 from pace import Pace
+from rank_slot import RankSlot
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,6 +59,14 @@ def chosen(request: pytest.FixtureRequest) -> Selection:
 def model_slot() -> Iterator[ModelSlot]:
     """Return the place of the model that consecutive cases share."""
     slot = ModelSlot()
+    yield slot
+    slot.clear()
+
+
+@pytest.fixture(scope="session")
+def rank_slot() -> Iterator[RankSlot]:
+    """Return the place of the ranks that consecutive cases share."""
+    slot = RankSlot()
     yield slot
     slot.clear()
 

@@ -257,10 +257,10 @@ def findings() -> list[dict[str, Any]]:
         entries.append(timed(check, {"work": "matmul", "clock": "gpu_ms"}, 1e-3, metrics=metrics))
     for ranks in (1, 2, 4):
         case = {"ranks": ranks, "strategy": "flat"}
-        entries.append(timed("all_reduce", case, 4e-3 / ranks))
-        entries.append(timed("all_reduce", {**case, "strategy": "naive"}, 6e-3 / ranks))
+        entries.append(timed("unlisted", case, 4e-3 / ranks))
+        entries.append(timed("unlisted", {**case, "strategy": "naive"}, 6e-3 / ranks))
     entries.append(
-        untimed("all_reduce", {"ranks": 8, "strategy": "flat"}, "skipped", reason="4 GPUs")
+        untimed("unlisted", {"ranks": 8, "strategy": "flat"}, "skipped", reason="4 GPUs")
     )
     return entries
 

@@ -122,6 +122,7 @@ class Harness:
             case=replace(case, rounds=len(seconds)),
             device=self.settings.device.type,
             metrics=workload.metrics() if workload.metrics else {},
+            counts=dict(workload.count() if workload.count else {}),
             facts=workload.facts or {},
         )
 

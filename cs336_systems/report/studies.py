@@ -11,6 +11,7 @@ from cs336_systems.report.frame import Row, param_column
 from cs336_systems.report.spec import Study
 from cs336_systems.report.studies_attention import ATTENTION_STUDIES
 from cs336_systems.report.studies_model import MODEL_STUDIES
+from cs336_systems.report.studies_parallel import PARALLEL_STUDIES
 
 # Values with an order of their own; others sort as numbers, then as words.
 _ORDER: dict[str, tuple[str, ...]] = {
@@ -52,7 +53,10 @@ _TABLES_ONLY = (
     ),
 )
 
-STUDIES = {study.name: study for study in (*MODEL_STUDIES, *ATTENTION_STUDIES, *_TABLES_ONLY)}
+STUDIES = {
+    study.name: study
+    for study in (*MODEL_STUDIES, *ATTENTION_STUDIES, *PARALLEL_STUDIES, *_TABLES_ONLY)
+}
 
 
 def study_of(name: str) -> Study:

@@ -41,11 +41,15 @@ _HEADERS = {
     "context": "context length (tokens)",
     "size": "model size",
     "warmup": "warm-up rounds asked for",
+    "megabytes": "message (MB)",
 }
 _NAMES = {
     "before_backward_bytes": "memory before backward",
     "saved_bytes": "saved for backward",
     "do_bench_ms": "do_bench (ms)",
+    "bus_gb_per_s": "bus bandwidth (GB/s)",
+    "algorithm_gb_per_s": "algorithm bandwidth (GB/s)",
+    "wire_bytes": "sent by a rank",
     "ratio": "ratio, ours to the other (x)",
 }
 _SHORT = {"d": "d", "seq": "seq", "context": "context", "size": "size", "warmup": "warm-up asked"}
