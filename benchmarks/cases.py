@@ -14,6 +14,8 @@ from all_reduce_cases import add_options as add_all_reduce_options
 from all_reduce_cases import chosen_grid as chosen_all_reduces
 from attention_bench import DTYPES
 from choices import at_least, listed, one_of
+from data_parallel_cases import Trainings, chosen_trainings
+from data_parallel_cases import add_options as add_training_options
 from flash_cases import HARNESS_REP_MS, Grids, chosen_grids
 
 from cs336_systems.accounting import PASSES
@@ -53,6 +55,7 @@ class Selection:
     flash: Grids
     harness_rep_ms: int
     all_reduce: AllReduces | None
+    trainings: Trainings | None
     smoke: bool
     gate: bool
     nvtx: bool
@@ -99,6 +102,7 @@ def add_options(parser: pytest.Parser) -> None:
         help=f"attention harness: do_bench's repetitions (default: {HARNESS_REP_MS})",
     )
     add_all_reduce_options(group)
+    add_training_options(group)
     group.addoption("--smoke", action="store_true", help="a few cases of every file, in seconds")
     group.addoption(
         "--gate",
@@ -155,6 +159,7 @@ def _selection(config: pytest.Config) -> Selection:
         dtypes=names("--dtypes", "dtypes", DTYPES),
         flash={} if gate else chosen_grids(option, device, smoke=smoke),
         all_reduce=None if gate else chosen_all_reduces(option, device, smoke=smoke),
+        trainings=None if gate else chosen_trainings(option, device, smoke=smoke),
         harness_rep_ms=rep_ms or (100 if smoke else HARNESS_REP_MS),
         smoke=smoke,
         gate=gate,

@@ -8,7 +8,8 @@
 # An interrupted part leaves DIRECTORY/PART.json.journal.jsonl, which the report reads as well.
 set -euo pipefail
 parts="basics, large, xl, 2.7b, warmup, attention, whole, flash_sweep_bf16, flash_sweep_fp32,\
- flash_sweep_compiled, flash_shapes, flash_details, all_reduce"
+ flash_sweep_compiled, flash_shapes, flash_details, all_reduce, data_parallel,\
+ data_parallel_bf16, data_parallel_buckets"
 part=${1:?name a part: $parts}
 out=${2:?name the directory for the JSON files}
 cd "$(dirname "$0")/.."
@@ -50,6 +51,12 @@ flash_shapes)
 flash_details)
     measure flash_details $flash --max-seconds=2 -k "not flash_sweep and not attention_shapes"
     ;;
+data_parallel) measure "$part" benchmarks/bench_data_parallel.py -k "not buckets"
+    ;;
+data_parallel_bf16)
+    measure "$part" benchmarks/bench_data_parallel.py -k "not buckets" --communications=bf16
+    ;;
+data_parallel_buckets) measure "$part" benchmarks/bench_data_parallel.py -k buckets ;;
 all_reduce) measure all_reduce benchmarks/bench_all_reduce.py --max-seconds=10 ;;
 *)
     echo "measure_gpu.sh: PART must be one of $parts, got '$part'" >&2

@@ -124,6 +124,7 @@ class Harness:
             metrics=workload.metrics() if workload.metrics else {},
             counts=dict(workload.count() if workload.count else {}),
             facts=workload.facts or {},
+            timeline=workload.timeline,
         )
 
     def _warm_up(self, case: Case, workload: Workload) -> float:

@@ -71,6 +71,8 @@ class Record:
     """Findings that are words, e.g. the dtype of an activation."""
     conditions: Mapping[str, Any] = field(default_factory=dict)
     """The device's clocks and throttle reasons before and after the timed rounds."""
+    timeline: Mapping[str, str] | None = None
+    """What ran in each lane and when, in milliseconds, as `timeline.pack` writes it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat dictionary that travels in JSON."""
@@ -88,4 +90,5 @@ class Record:
             "counts": dict(self.counts),
             "facts": dict(self.facts),
             "conditions": dict(self.conditions),
+            **({} if self.timeline is None else {"timeline": dict(self.timeline)}),
         }

@@ -25,6 +25,8 @@ class Workload:
     """Further measured numbers, unit in the name."""
     facts: Mapping[str, str] | None = None
     """Findings that are words."""
+    timeline: Mapping[str, str] | None = None
+    """As `Record.timeline`."""
     replay_seconds: Sequence[float] | None = None
     """Round times taken elsewhere (another process, other ranks); `step` is then never called."""
 

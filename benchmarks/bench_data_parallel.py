@@ -1,0 +1,152 @@
+"""Training steps of every data-parallel strategy, and of buckets of several sizes: gloo on the CPU,
+NCCL on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cases import Selection
+from data_parallel_cases import ATTENTION, TrainingCase
+from data_parallel_ranks import LinkTimes, TrainingResult, link_times, train_rounds
+from data_parallel_rows import bucket_prediction, counts, lanes, metrics
+from rank_slot import RankSlot
+
+from cs336_systems.measure.memory import gib, requested_bytes
+from cs336_systems.measure.pytest_plugin import GpuBenchmark
+from cs336_systems.measure.ranks import slowest
+from cs336_systems.measure.workload import NotMeasured, Workload
+from cs336_systems.parallel.launch import RankFailedError, RankPool
+
+Further = Callable[[RankPool, TrainingCase], Mapping[str, float | None]]
+
+_SETTING = "strategy, size, context, batch, ranks, precision, communication"
+
+
+def sweep(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
+    """Every strategy in every setting."""
+    cases = [] if chosen.trainings is None else chosen.trainings.cases()
+    return _SETTING, [tuple(case)[:-1] for case in cases]
+
+
+def sweep_buckets(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
+    """Every bucket size in every setting, and no communication to compare with."""
+    cases = [] if chosen.trainings is None else chosen.trainings.bucket_cases()
+    return f"{_SETTING}, bucket_mb", [tuple(case) for case in cases]
+
+
+SWEEPS = {"bench_data_parallel": sweep, "bench_data_parallel_buckets": sweep_buckets}
+
+
+def bench_data_parallel(
+    gpu_benchmark: GpuBenchmark,
+    chosen: Selection,
+    rank_slot: RankSlot,
+    strategy: str,
+    size: str,
+    context: int,
+    batch: int,
+    ranks: int,
+    precision: str,
+    communication: str,
+) -> None:
+    """Time training steps; a round's time is that of the slowest rank."""
+    case = TrainingCase(strategy, size, context, batch, ranks, precision, communication)
+    _bench("data_parallel", case, gpu_benchmark, chosen, rank_slot)
+
+
+def bench_data_parallel_buckets(
+    gpu_benchmark: GpuBenchmark,
+    chosen: Selection,
+    rank_slot: RankSlot,
+    strategy: str,
+    size: str,
+    context: int,
+    batch: int,
+    ranks: int,
+    precision: str,
+    communication: str,
+    bucket_mb: int | None,
+) -> None:
+    """Time training steps with one bucket size, beside what the model of buckets says."""
+    case = TrainingCase(strategy, size, context, batch, ranks, precision, communication, bucket_mb)
+    _bench("data_parallel_buckets", case, gpu_benchmark, chosen, rank_slot, _predicted)
+
+
+def _bench(
+    study: str,
+    case: TrainingCase,
+    gpu_benchmark: GpuBenchmark,
+    chosen: Selection,
+    rank_slot: RankSlot,
+    further: Further = lambda _, __: {},
+) -> None:
+    assert chosen.trainings is not None
+    profiled = chosen.trainings.profiled
+    settings = gpu_benchmark.harness.settings
+    record = case.case(study, chosen.device)
+
+    def build() -> Workload:
+        case.refuse_what_cannot_run(chosen.device)
+        pool = rank_slot.get(case.ranks, "nccl" if chosen.device.type == "cuda" else "gloo")
+        results = _results(
+            pool,
+            case,
+            rounds=record.rounds or settings.rounds,
+            warmup_rounds=record.warmup_rounds,
+            steps_per_round=record.calls_per_round,
+            max_seconds=settings.max_seconds,
+            profiled=profiled,
+        )
+        return replayed(case, results, further(pool, case), profiled=profiled)
+
+    gpu_benchmark(record, build=build)
+
+
+def _results(pool: RankPool, case: TrainingCase, **how: Any) -> list[TrainingResult]:
+    """Run the training.
+
+    Raises: NotMeasured where a rank has no memory left; the pool's next call has fresh ranks.
+    """
+    try:
+        return pool.run(train_rounds, case.training, **how)
+    except RankFailedError as error:
+        if not any(word in str(error) for word in ("OutOfMemoryError", "can't allocate memory")):
+            raise
+        wanted = requested_bytes(error)
+        reason = f"rank {error.rank} ran out of memory allocating {gib(wanted)}"
+        more = {} if wanted is None else {"requested_bytes": float(wanted)}
+        raise NotMeasured("oom", reason, **more) from None
+
+
+def replayed(
+    case: TrainingCase,
+    results: Sequence[TrainingResult],
+    further: Mapping[str, float | None],
+    *,
+    profiled: bool,
+) -> Workload:
+    """Return what the ranks measured as a workload that is not run again."""
+    found = lanes(results)
+    facts = {"attention": ATTENTION}
+    if found is None:
+        facts["timeline"] = "the profiler saw no step" if profiled else "not asked for"
+    return Workload(
+        step=lambda: None,
+        replay_seconds=slowest([result.seconds for result in results]),
+        metrics=lambda: {**metrics(case, results), **further},
+        count=lambda: counts(case, results),
+        facts=facts,
+        timeline=found,
+    )
+
+
+_links: dict[tuple[int, str], list[LinkTimes]] = {}
+
+
+def _predicted(pool: RankPool, case: TrainingCase) -> dict[str, float | None]:
+    """Return the model's numbers, from all-reduces timed once for each number of ranks."""
+    key = (pool.world_size, pool.backend)
+    if key not in _links:
+        _links[key] = pool.run(link_times)
+    return bucket_prediction(case, _links[key])
