@@ -17,3 +17,50 @@ def get_flashattention_autograd_function_triton() -> type[torch.autograd.Functio
     from cs336_systems.attention.flash_triton import FlashAttentionTriton
 
     return FlashAttentionTriton
+
+
+# Data parallelism. Modules of the course may leave parameters unused, which is allowed here.
+
+
+def get_ddp_individual_parameters(module: torch.nn.Module) -> torch.nn.Module:
+    """Wrap with one overlapped all-reduce per parameter (2025)."""
+    from cs336_systems.parallel import wrap
+
+    return wrap(module, "overlapped", find_unused=True)
+
+
+def ddp_individual_parameters_on_after_backward(
+    ddp_model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Wait for the reductions."""
+    ddp_model.finish_gradient_synchronization()
+
+
+def get_ddp_bucketed(module: torch.nn.Module, bucket_size_mb: float | None) -> torch.nn.Module:
+    """Wrap with one overlapped all-reduce per bucket (2025)."""
+    from cs336_systems.parallel import wrap
+
+    return wrap(module, "flashddp", bucket_size_mb=bucket_size_mb, find_unused=True)
+
+
+def ddp_bucketed_on_after_backward(
+    ddp_model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Wait for the reductions."""
+    ddp_model.finish_gradient_synchronization()
+
+
+def ddp_bucketed_on_train_batch_start(
+    ddp_model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Do nothing: a step begins with its forward pass."""
+
+
+def get_ddp(module: torch.nn.Module) -> torch.nn.Module:
+    """Wrap with one overlapped all-reduce per parameter (2026)."""
+    return get_ddp_individual_parameters(module)
+
+
+def ddp_on_after_backward(ddp_model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Wait for the reductions."""
+    ddp_model.finish_gradient_synchronization()

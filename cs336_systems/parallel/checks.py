@@ -1,0 +1,127 @@
+"""What must hold before any gradient is communicated, with one error text for all ranks.
+
+Collectives that do not match end in a hang or an abort inside the backend, so everything that could
+make them differ is compared once, when a module is wrapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cs336_systems.errors import UsageError, bad
+from cs336_systems.parallel.collectives import (
+    Group,
+    all_gather_into,
+    all_gather_object,
+    communication_device,
+)
+
+_WHERE = "wrap"
+
+
+def parameters_once(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's parameters by their first name; tied ones appear once."""
+    return dict(module.named_parameters())
+
+
+def buffers_once(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's buffers by their first name; shared ones appear once."""
+    return dict(module.named_buffers())
+
+
+def check_group(group: Group) -> None:
+    """Check that there is a process group with this rank in it.
+
+    Raises: UsageError.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise bad(_WHERE, "process group", "be initialised (init_process_group)", "none")
+    if dist.get_rank(group) < 0:
+        raise bad(_WHERE, "group", "contain this rank", f"rank {dist.get_rank()}")
+
+
+def check_structure(
+    module: nn.Module, strategy: str, options: Mapping[str, object], group: Group
+) -> None:
+    """Check that the module can be trained and is the same on every rank.
+
+    Cost: one all-gather of 32 bytes per rank; the descriptions travel only if they differ.
+    Raises: UsageError with the same text on every rank.
+    """
+    problem = _problem(module, group)
+    lines = [] if problem else _describe(module, strategy, options)
+    if not _all_equal(lines, problem, group):
+        problem = _first_difference(all_gather_object((lines, problem), group))
+    if problem:
+        raise UsageError(f"{_WHERE}: {problem}")
+
+
+def _problem(module: nn.Module, group: Group) -> str:
+    """Return what makes the module unfit on this rank; empty when nothing does."""
+    if not isinstance(module, nn.Module):
+        return f"module must be a torch.nn.Module, got {type(module).__name__}"
+    tensors = {**parameters_once(module), **buffers_once(module)}
+    if lazy := [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]:
+        return f"module must be initialised, got lazy {lazy[0]!r}"
+    parameters = parameters_once(module)
+    if not parameters:
+        return "module must have parameters, got none"
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        return f"module must have a trainable parameter, got {len(parameters)} frozen"
+    devices = sorted({str(tensor.device) for tensor in tensors.values()})
+    if len(devices) > 1:
+        return f"module must be on one device, got {' and '.join(devices)}"
+    device_type = torch.device(devices[0]).type
+    if f"{device_type}:" not in dist.get_backend_config(group):
+        backend = dist.get_backend(group)
+        return f"module must be on a device that {backend} serves, got {devices[0]}"
+    return ""
+
+
+def _describe(module: nn.Module, strategy: str, options: Mapping[str, object]) -> list[str]:
+    lines = [f"strategy {strategy}"]
+    lines += [f"option {name}={value}" for name, value in sorted(options.items())]
+    first_names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(id(parameter), name)
+        what = f"tied to {first}" if first != name else _layout(parameter)
+        lines.append(f"parameter {name} {what}")
+    lines += [f"buffer {name} {_layout(buffer)}" for name, buffer in buffers_once(module).items()]
+    return lines
+
+
+def _layout(tensor: Tensor) -> str:
+    """Describe what decides how the tensor and its gradient travel."""
+    kind = "trainable" if tensor.requires_grad else "fixed"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{tuple(tensor.shape)} strides {tensor.stride()} {dtype} {kind}"
+
+
+def _all_equal(lines: Sequence[str], problem: str, group: Group) -> bool:
+    text = "\n".join([problem, *lines])
+    digest = hashlib.sha256(text.encode()).digest()
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=communication_device(group))
+    every = mine.new_empty(dist.get_world_size(group) * mine.numel())
+    all_gather_into(every, mine, group)
+    return bool((every.view(-1, mine.numel()) == mine).all())
+
+
+def _first_difference(descriptions: Sequence[tuple[Sequence[str], str]]) -> str:
+    for rank, (_, problem) in enumerate(descriptions):
+        if problem:
+            return f"{problem} on rank {rank}"
+    rows = zip_longest(*(lines for lines, _ in descriptions), fillvalue="nothing more")
+    row = next(row for row in rows if len(set(row)) > 1)
+    found = [f"{line!r} on {_ranks_with(row, line)}" for line in dict.fromkeys(row)]
+    return f"module must be the same on every rank, got {' and '.join(found)}"
+
+
+def _ranks_with(row: Sequence[str], line: str) -> str:
+    ranks = [str(rank) for rank, other in enumerate(row) if other == line]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"

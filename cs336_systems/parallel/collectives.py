@@ -1,0 +1,130 @@
+"""Every message between ranks goes through here, where it can be counted.
+
+Each function is torch.distributed's with the group's own ranks as sources, plus one line that tells
+the observers what is on its way: number, order and size of collectives are results to be tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+Group = dist.ProcessGroup | None
+"""The ranks that take part; None is all of them."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective as its caller issued it."""
+
+    name: str
+    numel: int
+    """Elements of the largest tensor of the call: the whole, of which a rank may hold a part."""
+    dtype: torch.dtype | None
+    """None for Python objects, whose size is not counted."""
+    num_bytes: int
+    world_size: int
+
+
+_observers: list[list[Collective]] = []
+
+
+@contextmanager
+def record_collectives() -> Iterator[list[Collective]]:
+    """Collect what this rank issues while the context is open, in order."""
+    log: list[Collective] = []
+    _observers.append(log)
+    try:
+        yield log
+    finally:
+        # By identity: two empty logs are equal.
+        _observers[:] = [other for other in _observers if other is not log]
+
+
+def all_reduce(
+    tensor: Tensor, group: Group = None, *, op: Any = ReduceOp.SUM, async_op: bool = False
+) -> dist.Work | None:
+    """Combine `tensor` over the ranks, in place; the handle to wait for when asynchronous."""
+    _report("all_reduce", tensor, group)
+    return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+
+
+def broadcast(
+    tensor: Tensor, group: Group = None, *, source: int = 0, async_op: bool = False
+) -> dist.Work | None:
+    """Overwrite `tensor` with that of the group's rank `source`."""
+    _report("broadcast", tensor, group)
+    return dist.broadcast(tensor, group=group, group_src=source, async_op=async_op)
+
+
+def all_gather_into(
+    output: Tensor, shard: Tensor, group: Group = None, *, async_op: bool = False
+) -> dist.Work | None:
+    """Put every rank's `shard` one after the other into `output`.
+
+    Shapes: shard (numel,) -> output (world_size * numel,).
+    """
+    _report("all_gather_into", output, group)
+    return dist.all_gather_into_tensor(output, shard, group=group, async_op=async_op)
+
+
+def reduce_scatter_into(
+    shard: Tensor,
+    whole: Tensor,
+    group: Group = None,
+    *,
+    op: Any = ReduceOp.SUM,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """Combine `whole` over the ranks and keep this rank's part of it in `shard`.
+
+    Shapes: whole (world_size * numel,) -> shard (numel,).
+    """
+    _report("reduce_scatter_into", whole, group)
+    return dist.reduce_scatter_tensor(shard, whole, op=op, group=group, async_op=async_op)
+
+
+def all_gather_object(value: Any, group: Group = None) -> list[Any]:
+    """Return every rank's `value`, by rank."""
+    _report("all_gather_object", None, group)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def averaging(group: Group = None) -> tuple[Any, int]:
+    """Return the reduction that leads to an average, and what its result is still to be divided by.
+
+    NCCL's average scales before it adds, which gives the bits of dividing the sum only where the
+    factor is a power of two.
+    """
+    world_size = dist.get_world_size(group)
+    is_power_of_two = world_size & (world_size - 1) == 0
+    if "nccl" in dist.get_backend_config(group) and is_power_of_two:
+        return ReduceOp.AVG, 1
+    return ReduceOp.SUM, world_size
+
+
+def communication_device(group: Group = None) -> torch.device:
+    """Return the device whose tensors the group's backend moves; the CPU if it moves both."""
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _report(name: str, tensor: Tensor | None, group: Group) -> None:
+    if not _observers:
+        return
+    numel, dtype, num_bytes = 0, None, 0
+    if tensor is not None:
+        numel, dtype, num_bytes = tensor.numel(), tensor.dtype, tensor.nbytes
+    entry = Collective(name, numel, dtype, num_bytes, dist.get_world_size(group))
+    for log in _observers:
+        log.append(entry)
