@@ -64,3 +64,23 @@ def get_ddp(module: torch.nn.Module) -> torch.nn.Module:
 def ddp_on_after_backward(ddp_model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Wait for the reductions."""
     ddp_model.finish_gradient_synchronization()
+
+
+def get_fsdp(
+    module: torch.nn.Module, compute_dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """Wrap with sharded weights (2026)."""
+    from cs336_systems.parallel import wrap
+
+    return wrap(module, "fsdp", compute_dtype=compute_dtype, find_unused=True)
+
+
+def fsdp_on_after_backward(fsdp_model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Wait for the reductions."""
+    fsdp_model.finish_gradient_synchronization()
+
+
+def fsdp_gather_full_params(fsdp_model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every parameter of the wrapped module, whole, by its name."""
+    state = fsdp_model.full_state_dict()
+    return {name: state[name] for name, _ in fsdp_model.module.named_parameters()}

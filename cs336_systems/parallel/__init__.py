@@ -50,9 +50,18 @@ STRATEGIES = Table(
             summary="one all-reduce per bucket whose memory is the gradients, during the "
             "backward pass",
         ),
+        "fsdp": Entry(
+            target=f"{_HERE}.fsdp:FullyShardedDataParallel",
+            summary="weights, gradients and optimizer state in shards; gathered ahead of use",
+        ),
         "torch_ddp": Entry(
             target=f"{_HERE}.peers:TorchDDP",
             summary="torch's DistributedDataParallel",
+            peer=True,
+        ),
+        "torch_fsdp2": Entry(
+            target=f"{_HERE}.peers_fsdp:TorchFSDP2",
+            summary="torch's fully_shard, block by block",
             peer=True,
         ),
     },

@@ -82,9 +82,9 @@ class FlatShard:
         self.dtype = first.dtype
         self.is_trainable = first.requires_grad
         # Integers, as of quantised weights, are nothing to compute in another dtype.
-        computes_as_is = compute_dtype is None or not self.dtype.is_floating_point
-        self.compute_dtype = self.dtype if computes_as_is else compute_dtype
-        assert self.compute_dtype is not None
+        self.compute_dtype = self.dtype
+        if compute_dtype is not None and self.dtype.is_floating_point:
+            self.compute_dtype = compute_dtype
         self.communication_dtype = communication_dtype or self.compute_dtype
         self._wire = wire
         self._device = first.device
@@ -153,13 +153,24 @@ class FlatShard:
     def local(self, shard: Tensor, index: int) -> Tensor:
         """View the part of weight `index` in a vector that lies as the shard does."""
         start, stop = self.range_in_weight(index)
-        begin = max(self.offsets[index] - self._wire.rank * self.shard_numel, 0) if stop > start else 0
+        begin = (
+            max(self.offsets[index] - self._wire.rank * self.shard_numel, 0) if stop > start else 0
+        )
         return shard[begin : begin + stop - start]
 
     def full(self, vector: Tensor, index: int) -> Tensor:
         """View weight `index` in its shape in a vector that lies as the gathered one does."""
         flat = vector[self.offsets[index] :][: self.numels[index]]
         return flat.view(self.shapes[index])
+
+    @property
+    def holds_its_pieces(self) -> bool:
+        """Whether the pieces still are parts of the shard."""
+        home = self.shard.untyped_storage().data_ptr()
+        return all(
+            piece.dtype == self.dtype and piece.untyped_storage().data_ptr() == home
+            for piece in self.pieces
+        )
 
     # Gathering.
 
@@ -175,7 +186,6 @@ class FlatShard:
             return
         self._storage.resize_(self._num_bytes)
         self._wire.gathered.add(self._num_bytes)
-
 
         def cast() -> None:
             self._own.copy_(self.shard)
@@ -197,6 +207,13 @@ class FlatShard:
             self.wait_gather()
             self._storage.resize_(0)
             self._wire.gathered.add(-self._num_bytes)
+
+    def collect(self, shard: Tensor) -> Tensor:
+        """Return all ranks' parts of a vector that lies as the shard does, in its own dtype."""
+        whole = shard.new_empty(self.padded_numel)
+        if self.padded_numel:
+            all_gather_into(whole, shard, self._wire.group)
+        return whole
 
     # Gradients.
 
@@ -231,6 +248,8 @@ class FlatShard:
     @torch.no_grad()
     def launch_reduce(self) -> None:
         """Start to average the ranks' gradients; a missing one counts as zeros."""
+        if not self.padded_numel:
+            return
         self.wait_reduce()  # its buffer is free again before the next one is allocated
         if self._gradient is None:
             self._gradient = self.shard.new_empty(self.shard_numel)
@@ -271,9 +290,7 @@ class FlatShard:
             and only.dtype == self.communication_dtype
         ):
             return only.reshape(-1)  # nothing to copy
-        whole = torch.empty(
-            self.padded_numel, dtype=self.communication_dtype, device=self._device
-        )
+        whole = torch.empty(self.padded_numel, dtype=self.communication_dtype, device=self._device)
         runs = whole.split(self._run_lengths)
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
         absent = [runs[2 * i] for i in range(len(gradients)) if i not in present]

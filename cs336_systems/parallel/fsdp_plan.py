@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cs336_basics.layers import Embedding, Linear
 from torch import nn
@@ -12,6 +13,8 @@ from cs336_systems.errors import bad
 
 _LINEAR = (nn.Linear, Linear)
 _EMBEDDING = (nn.Embedding, Embedding)
+T = TypeVar("T")
+
 _SHARDED_NAMES = ("weight", "bias")
 # It reads the weights of the layer inside it without calling that layer.
 _READS_ITS_LAYERS = (nn.MultiheadAttention,)
@@ -33,6 +36,8 @@ class UnitPlan:
     name: str
     roots: list[nn.Module]
     weights: list[Weight]
+    blocks: list[nn.Module]
+    """Those of the roots that are children of an `nn.ModuleList`."""
 
 
 def is_sharded_layer(module: nn.Module) -> bool:
@@ -55,11 +60,11 @@ def plan_units(module: nn.Module) -> list[UnitPlan]:
     """
     weights = _find_weights(module)
     plans: list[UnitPlan] = []
-    for name, root in _find_roots(module, "", in_list=False):
+    for name, root, is_block in _find_roots(module, "", in_list=False):
         mine = list(_weights_below(root, weights))
         if not mine:
             continue
-        plan = UnitPlan(name, [root], mine)
+        plan = UnitPlan(name, [root], mine, blocks=[root] if is_block else [])
         for other in [plan for plan in plans if _share_a_weight(plan.weights, mine)]:
             plans.remove(other)
             plan = _merged(other, plan)
@@ -91,14 +96,16 @@ def _check_layer(name: str, layer: nn.Module) -> None:
             raise bad("FSDP", f"embedding {name!r}", "have no max_norm", layer.max_norm)
 
 
-def _find_roots(module: nn.Module, name: str, *, in_list: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost modules whose call gathers weights; one that is shared, many times."""
+def _find_roots(
+    module: nn.Module, name: str, *, in_list: bool
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Yield the outermost modules whose call gathers weights, and whether they are blocks."""
     # Neither kind of container is ever called itself.
     is_container = isinstance(module, nn.ModuleList | nn.ModuleDict)
     if not is_container and (
         in_list or is_sharded_layer(module) or isinstance(module, _READS_ITS_LAYERS)
     ):
-        yield name, module
+        yield name, module, in_list
         return
     in_list = isinstance(module, nn.ModuleList) or (is_container and in_list)
     for child_name, child in module.named_children():
@@ -114,6 +121,13 @@ def _share_a_weight(some: list[Weight], others: list[Weight]) -> bool:
 
 
 def _merged(first: UnitPlan, second: UnitPlan) -> UnitPlan:
-    roots = {id(root): root for root in first.roots + second.roots}
-    weights = {id(weight): weight for weight in first.weights + second.weights}
-    return UnitPlan(first.name, list(roots.values()), list(weights.values()))
+    return UnitPlan(
+        first.name,
+        _once(first.roots + second.roots),
+        _once(first.weights + second.weights),
+        _once(first.blocks + second.blocks),
+    )
+
+
+def _once(items: list[T]) -> list[T]:
+    return list({id(item): item for item in items}.values())

@@ -1,7 +1,8 @@
 """When a unit's gradients are averaged: as soon as they are complete, in one order on all ranks.
 
-The order is that of the forward pass, reversed. A unit that is complete before its turn waits, so
-that ranks whose data use different weights still agree on what comes next.
+The order is that of the forward pass, reversed. A unit that is complete before its turn waits, and
+one that backward has come by is reduced with what there is, so that ranks whose data use different
+weights still agree on what comes next.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterable
 
 from cs336_systems.parallel.fsdp_flat import FlatShard
 from cs336_systems.parallel.fsdp_schedule import Schedule
-from cs336_systems.parallel.fsdp_unit import Unit
+from cs336_systems.parallel.fsdp_trace import Trace
+from cs336_systems.parallel.fsdp_unit import Unit, current_backward
 
 
 class Reductions:
@@ -28,8 +30,9 @@ class Reductions:
         self._entered: dict[Unit, None] = {}
         self._queue: list[Unit] = []
         self._complete: set[Unit] = set()
-        self._has_begun = False
+        self._backward: int | None = None
         self._last: Unit | None = None
+        schedule.on_step = self._on_step
         for unit in self._units:
             unit.watch_gradients(self._on_gradient)
 
@@ -46,18 +49,29 @@ class Reductions:
         if unit.is_done_with_its_gradients and unit.depth == 0:
             self._schedule.release(unit)
         if is_synchronizing:
+            self._begin_round()
             self._complete.add(unit)
             self._launch_in_turn()
 
-    def _launch_in_turn(self) -> None:
-        if not self._queue:
+    def _on_step(self, trace: Trace) -> None:
+        if self._is_synchronizing():
             self._begin_round()
-        while self._queue and self._queue[0] in self._complete:
-            self._launch(self._queue.pop(0))
+            self._launch_in_turn(trace)
 
     def _begin_round(self) -> None:
-        self._queue = list(reversed(self._entered))
-        self._has_begun = True
+        """Queue all units, once in each backward pass."""
+        if current_backward() != self._backward:
+            self.flush()
+            self._backward = current_backward()
+            self._queue = list(reversed(self._entered))
+
+    def _launch_in_turn(self, trace: Trace | None = None) -> None:
+        while self._queue:
+            unit = self._queue[0]
+            is_over = trace is not None and self._schedule.is_over(unit, trace)
+            if not (is_over or unit in self._complete):
+                return
+            self._launch(self._queue.pop(0))
 
     def _launch(self, unit: Unit) -> None:
         self._complete.discard(unit)
@@ -68,12 +82,16 @@ class Reductions:
         self._schedule.note("reduce", unit)
         unit.launch_reduce()
 
-    def launch_rest(self) -> None:
-        """Start what is left: units with gradients missing, or with some of an earlier pass."""
-        if not self._has_begun:
-            self._begin_round()
+    def flush(self) -> None:
+        """Start what backward passes so far have left, with what there is."""
         while self._queue:
             self._launch(self._queue.pop(0))
+
+    def launch_rest(self) -> None:
+        """Start all that is left of the step."""
+        if self._backward is None:
+            self._queue = list(reversed(self._entered))
+        self.flush()
         for unit in reversed(self._entered):
             if any(flat.has_unsent for flat in unit.trainable):
                 self._launch(unit)
@@ -86,7 +104,7 @@ class Reductions:
             unit.forget_gradients()
         self._entered.clear()
         self._complete.clear()
-        self._has_begun, self._last = False, None
+        self._backward, self._last = None, None
 
     def discard_dropped(self) -> None:
         """Forget gradients that the user has taken away since they arrived."""

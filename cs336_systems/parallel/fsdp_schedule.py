@@ -5,38 +5,24 @@ plan. While a call runs, the vectors of the next few are on their way; the last 
 pass stays for the backward pass, which walks the same record backwards. At no time more is there
 than the unit in use, those ahead of it and the last one.
 
-Every rank has to enter the same units in the same order, since each entry is a collective.
+Every rank has to enter the same units in the same order, since each entry is a collective. In the
+backward pass a rank may skip units that its loss does not depend on; it gathers them all the same.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cs336_systems.parallel.fsdp_plan import needs_weights_in_backward
-from cs336_systems.parallel.fsdp_unit import Unit
+from cs336_systems.parallel.fsdp_trace import Entry, Trace
+from cs336_systems.parallel.fsdp_unit import Unit, current_backward
 
 _NUM_AHEAD = 2
-
-
-class Entry:
-    """One call that entered a unit, at its place in the forward pass."""
-
-    __slots__ = ("is_watched", "position", "reads_weights", "trace", "unit")
-
-    def __init__(self, unit: Unit, trace: list[Entry], *, reads_weights: bool) -> None:
-        self.unit = unit
-        self.trace = trace
-        self.position = len(trace)
-        self.reads_weights = reads_weights
-        self.is_watched = False
-        """Whether the backward pass will announce itself."""
-        trace.append(self)
 
 
 class Schedule:
@@ -44,9 +30,12 @@ class Schedule:
 
     def __init__(self, *, reshard_after_forward: bool) -> None:
         self._reshards = reshard_after_forward
+        self.on_step: Callable[[Trace], None] = lambda _: None
+        """Called when the backward pass has come to another entry of the trace."""
         self._gathered: dict[Unit, None] = {}
         self._order: list[Unit] = []
-        self._trace: list[Entry] | None = None
+        self._trace: Trace | None = None
+        self._open: list[Trace] = []
         self._is_as_planned = False
         self._lingering: Unit | None = None
         self._current: Entry | None = None
@@ -60,19 +49,21 @@ class Schedule:
         """Enclose one call of the wrapped module; it starts with nothing gathered."""
         if not _in_backward():
             self.release_all()
-        outer, trace = self._trace, []
+        outer, trace = self._trace, Trace()
         self._trace, self._is_as_planned, self._lingering = trace, True, None
         try:
             yield
-            self._order = [entry.unit for entry in trace]
+            self._order = trace.units
         finally:
             self._trace = outer
             self._keep_for_backward(trace)
 
-    def _keep_for_backward(self, trace: list[Entry]) -> None:
+    def _keep_for_backward(self, trace: Trace) -> None:
         if _in_backward():
             return  # The whole pass was recomputed; what it gathered is needed now.
-        watched = {entry.unit for entry in trace if entry.is_watched}
+        watched = {entry.unit for entry in trace.to_come()}
+        if watched:
+            self._open.append(trace)
         kept = watched if not self._reshards else watched & {self._lingering}
         for unit in [unit for unit in self._gathered if unit not in kept]:
             self.release(unit)
@@ -85,9 +76,11 @@ class Schedule:
             return unit.entry
         reads_weights = needs_weights_in_backward(module)
         if self._trace is None:  # a call of a part of the model, or its recomputation
-            unit.entry = Entry(unit, [], reads_weights=reads_weights)
+            if not _in_backward():
+                self.release(unit)  # what is left of a forward pass may be out of date
+            unit.entry = Trace().enter(unit, reads_weights=reads_weights)
         else:
-            unit.entry = Entry(unit, self._trace, reads_weights=reads_weights)
+            unit.entry = self._trace.enter(unit, reads_weights=reads_weights)
             self._follow_plan(unit, unit.entry.position)
         self.gather(unit)
         if self._trace is not None and self._is_as_planned:
@@ -95,6 +88,10 @@ class Schedule:
                 self.gather(ahead)
         unit.make_resident()
         return unit.entry
+
+    def is_open(self, unit: Unit) -> bool:
+        """Whether a layer of the unit may run as it is."""
+        return unit.depth > 0 or (unit.is_resident and _in_backward())
 
     def _follow_plan(self, unit: Unit, position: int) -> None:
         if self._lingering is not None and self._lingering is not unit:
@@ -138,13 +135,36 @@ class Schedule:
         """Have the weights in place for the backward pass of a call, and the next ones coming."""
         if entry is self._current and entry.unit.is_resident:
             return
-        self._current, self._wanted = entry, _backward_window(entry)
+        for skipped in entry.trace.to_come(entry.position + 1):
+            self._step_to(skipped)
+        self._step_to(entry)
+        entry.unit.make_resident()
+
+    @torch.no_grad()
+    def walk_rest(self, *, only_begun: bool) -> None:
+        """Gather what other ranks may have had use for in backward passes that ended early here.
+
+        only_begun: leave alone forward passes whose backward pass may yet come.
+        """
+        for trace in reversed(self._open):
+            if trace.has_begun or not only_begun:
+                for entry in trace.to_come():
+                    self._step_to(entry)
+        self._open = [trace for trace in self._open if only_begun and not trace.has_begun]
+
+    def is_over(self, unit: Unit, trace: Trace) -> bool:
+        """Whether no gradient of `unit` is to be expected any more, with backward in `trace`."""
+        return all(other.is_over(unit) for other in (trace, *self._open))
+
+    def _step_to(self, entry: Entry) -> None:
+        entry.trace.move_to(entry)
+        self.on_step(entry.trace)
+        self._current, self._wanted = entry, entry.trace.window(entry, _NUM_AHEAD)
         if self._reshards:
             for unit in [unit for unit in self._gathered if unit not in self._wanted]:
                 self.release(unit)
         for unit in self._wanted:
             self.gather(unit)
-        entry.unit.make_resident()
 
     # What both are made of.
 
@@ -175,17 +195,6 @@ class Schedule:
         return digest
 
 
-def _backward_window(entry: Entry) -> list[Unit]:
-    """Return the units of `entry` and of those whose backward pass comes next."""
-    window = [entry.unit]
-    for earlier in reversed(entry.trace[: entry.position]):
-        if len(window) > _NUM_AHEAD:
-            break
-        if earlier.is_watched and earlier.unit not in window:
-            window.append(earlier.unit)
-    return window
-
-
 def tensors_in(output: object) -> Iterator[Tensor]:
     """Yield the tensors of a module's output, also from inside containers and plain objects."""
     if isinstance(output, Tensor):
@@ -202,5 +211,4 @@ def tensors_in(output: object) -> Iterator[Tensor]:
 
 def _in_backward() -> bool:
     """Whether this thread runs a backward pass, as it does when a forward is recomputed."""
-    graph_task: Any = torch._C._current_graph_task_id()
-    return graph_task != -1
+    return current_backward() != -1

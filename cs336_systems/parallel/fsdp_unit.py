@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from cs336_systems.parallel.fsdp_flat import FlatShard, Wire
 from cs336_systems.parallel.fsdp_plan import UnitPlan, Weight
 
 if TYPE_CHECKING:
-    from cs336_systems.parallel.fsdp_schedule import Entry
+    from cs336_systems.parallel.fsdp_trace import Entry
 
 
 class Unit:
@@ -44,6 +43,7 @@ class Unit:
         self.depth = 0
         self.entry: Entry | None = None
         self._missing = self._all_trainable()
+        self._backward = current_backward()
         self._put_pieces()
 
     def watch_gradients(self, on_gradient: Callable[[Unit, FlatShard, int], None]) -> None:
@@ -88,7 +88,10 @@ class Unit:
             flat.release()
 
     def has_all_gradients(self, flat: FlatShard, index: int) -> bool:
-        """Count one gradient of a backward pass; true with the last one, which starts anew."""
+        """Count one gradient; true with the last one of a backward pass."""
+        task = current_backward()
+        if task != self._backward:
+            self._backward, self._missing = task, self._all_trainable()
         self._missing.discard((id(flat), index))
         if self._missing:
             return False
@@ -121,6 +124,11 @@ class Unit:
             for owners, piece in zip(flat.owners, flat.pieces, strict=True):
                 for owner, name in owners:
                     owner._parameters[name] = piece
+
+
+def current_backward() -> int:
+    """Return the number of the backward pass that this thread is in; -1 outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 def _by_kind(weights: list[Weight]) -> list[list[Weight]]:

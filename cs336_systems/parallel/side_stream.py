@@ -74,4 +74,6 @@ class SideStream:
             collective(False)
             after()
             done = self._stream.record_event()
-        return Ticket(lambda: torch.cuda.current_stream().wait_event(done), before, collective, after)
+        return Ticket(
+            lambda: torch.cuda.current_stream().wait_event(done), before, collective, after
+        )
