@@ -20,9 +20,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cs336_systems.errors import UsageError, bad
-from cs336_systems.parallel import fsdp_state
+from cs336_systems.parallel import fsdp_optimizer, fsdp_state
 from cs336_systems.parallel.base import DataParallel
 from cs336_systems.parallel.checks import parameters_once
 from cs336_systems.parallel.collectives import all_reduce
@@ -166,10 +167,10 @@ class FullyShardedDataParallel(DataParallel):
         norm = (local + everywhere).sqrt()
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(f"fsdp: gradients must have a finite norm, got {norm.item()}")
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm.float())
-        return (
-            norm.to(torch.promote_types(parameters[0].dtype, torch.float32)) if parameters else norm
-        )
+        if parameters:
+            norm = norm.to(torch.promote_types(parameters[0].dtype, torch.float32))
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     def _squared_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         # In fp64: squares of large norms overflow sooner than the norms.
@@ -196,6 +197,16 @@ class FullyShardedDataParallel(DataParallel):
         """
         fsdp_state.load_full_state_dict(self, state)
 
+    def full_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the plain module's optimizer would return, on every rank."""
+        return fsdp_optimizer.full_state_dict(self, optimizer)
+
+    def load_full_optimizer_state_dict(
+        self, optimizer: Optimizer, state: Mapping[str, Any]
+    ) -> None:
+        """Load a state of the plain module's optimizer, given to every rank."""
+        fsdp_optimizer.load_full_state_dict(self, optimizer, state)
+
     def sharded_state_dict(self) -> dict[str, Any]:
         """Return the state for `torch.distributed.checkpoint`, to save from or to load into.
 
@@ -203,6 +214,10 @@ class FullyShardedDataParallel(DataParallel):
         reads them; the values are this rank's own memory, so that a load needs nothing after it.
         """
         return fsdp_state.sharded_state_dict(self)
+
+    def forget_gathered(self) -> None:
+        """Free gathered weights; whoever changes the shards by hand calls it."""
+        self._schedule.release_all()
 
     # The step's protocol.
 

@@ -67,6 +67,7 @@ def load_full_state_dict(model: FullyShardedDataParallel, state: Mapping[str, An
         if name in state:
             start, stop = flat.range_in_weight(index)
             flat.local(flat.shard, index).copy_(state[name].reshape(-1)[start:stop])
+    model.forget_gathered()
     rest = {name: value for name, value in state.items() if name not in sharded}
     model.module.load_state_dict(rest, strict=False)
 
