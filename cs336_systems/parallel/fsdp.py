@@ -15,7 +15,6 @@ Source: Rajbhandari et al., "ZeRO", section 5 (stage 3); Zhao et al., "PyTorch F
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -28,12 +27,12 @@ from cs336_systems.parallel.base import DataParallel
 from cs336_systems.parallel.checks import parameters_once
 from cs336_systems.parallel.collectives import all_reduce
 from cs336_systems.parallel.fsdp_calls import Calls, FSDPRoot
-from cs336_systems.parallel.fsdp_flat import Wire
 from cs336_systems.parallel.fsdp_plan import plan_units
 from cs336_systems.parallel.fsdp_reduce import Reductions
 from cs336_systems.parallel.fsdp_report import OrderReport
 from cs336_systems.parallel.fsdp_schedule import Schedule
 from cs336_systems.parallel.fsdp_unit import Unit, current_backward
+from cs336_systems.parallel.fsdp_wire import Wire
 from cs336_systems.parallel.replicated import ReplicatedGradients
 from cs336_systems.parallel.side_stream import SideStream
 
@@ -237,9 +236,6 @@ class FullyShardedDataParallel(DataParallel):
     def _complete(self) -> None:
         self._reductions.complete()
         self._replicated.complete()
-
-    def _reporting(self) -> AbstractContextManager[Any]:
-        return self._side.current()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Refuse what would part the pieces from their shards, as moving to another device does."""

@@ -39,12 +39,12 @@ def _collect(flat: FlatShard, name: str, of_weights: list[dict[str, Any]]) -> No
     }
     if not parts:
         return
-    shard = torch.zeros(flat.shard_numel, dtype=_dtype(parts), device=flat.shard.device)
+    shard = torch.zeros(flat.layout.shard_numel, dtype=_dtype(parts), device=flat.shard.device)
     for index, part in parts.items():
-        flat.local(shard, index).copy_(part)
+        flat.layout.piece(shard, index).copy_(part)
     whole = flat.collect(shard)
     for index in parts:
-        of_weights[index][name] = flat.full(whole, index).clone()
+        of_weights[index][name] = flat.layout.weight(whole, index).clone()
 
 
 @torch.no_grad()
@@ -57,9 +57,9 @@ def load_full_state_dict(
     for flat in flats(model):
         for index, piece in enumerate(flat.pieces):
             values = local.get(numbers.get(id(piece), -1), {})
-            start, stop = flat.range_in_weight(index)
+            start, stop = flat.layout.ranges[index]
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == flat.shapes[index]:
+                if isinstance(value, Tensor) and value.shape == flat.layout.shapes[index]:
                     values[name] = value.reshape(-1)[start:stop].clone()
     optimizer.load_state_dict({**state, "state": local})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from cs336_systems.parallel.fsdp_flat import FlatShard
+from cs336_systems.parallel.fsdp_gradient import ShardedGradient
 from cs336_systems.parallel.fsdp_schedule import Schedule
 from cs336_systems.parallel.fsdp_trace import Trace
 from cs336_systems.parallel.fsdp_unit import Unit, current_backward
@@ -24,7 +24,7 @@ class Reductions:
     def __init__(
         self, units: Iterable[Unit], schedule: Schedule, is_synchronizing: Callable[[], bool]
     ) -> None:
-        self._units = [unit for unit in units if unit.trainable]
+        self._units = [unit for unit in units if unit.gradients]
         self._schedule = schedule
         self._is_synchronizing = is_synchronizing
         self._entered: dict[Unit, None] = {}
@@ -38,13 +38,13 @@ class Reductions:
 
     def expect(self, unit: Unit) -> None:
         """Take note of a call that may lead to gradients."""
-        if unit.trainable:
+        if unit.gradients:
             self._entered.setdefault(unit)
 
-    def _on_gradient(self, unit: Unit, flat: FlatShard, index: int) -> None:
+    def _on_gradient(self, unit: Unit, gradient: ShardedGradient, index: int) -> None:
         is_synchronizing = self._is_synchronizing()
-        flat.note(index, accumulate=not is_synchronizing)
-        if not unit.has_all_gradients(flat, index):
+        gradient.note(index, accumulate=not is_synchronizing)
+        if not unit.has_all_gradients(gradient, index):
             return
         if unit.is_done_with_its_gradients and unit.depth == 0:
             self._schedule.release(unit)
@@ -93,14 +93,14 @@ class Reductions:
             self._queue = list(reversed(self._entered))
         self.flush()
         for unit in reversed(self._entered):
-            if any(flat.has_unsent for flat in unit.trainable):
+            if any(gradient.has_unsent for gradient in unit.gradients):
                 self._launch(unit)
 
     def complete(self) -> None:
         """Put the averages on the shards."""
         for unit in self._units:
-            for flat in unit.trainable:
-                flat.complete()
+            for gradient in unit.gradients:
+                gradient.complete()
             unit.forget_gradients()
         self._entered.clear()
         self._complete.clear()
@@ -110,10 +110,10 @@ class Reductions:
         """Forget gradients that the user has taken away since they arrived."""
         for unit in self._units:
             # A list, since each of them is to be looked at.
-            if any([flat.discard_dropped() for flat in unit.trainable]):
+            if any([gradient.discard_dropped() for gradient in unit.gradients]):
                 unit.forget_gradients()
 
     @property
     def is_pending(self) -> bool:
         """Whether gradients arrived that `complete` has not put in place."""
-        return any(flat.arrived for unit in self._units for flat in unit.trainable)
+        return any(gradient.arrived for unit in self._units for gradient in unit.gradients)

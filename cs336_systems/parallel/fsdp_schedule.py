@@ -135,6 +135,11 @@ class Schedule:
         """Have the weights in place for the backward pass of a call, and the next ones coming."""
         if entry is self._current and entry.unit.is_resident:
             return
+        if entry.version != entry.unit.version:
+            raise RuntimeError(
+                f"fsdp: weights must stay as they were until the backward pass of their call, "
+                f"got changed ones in {entry.unit.name!r}"
+            )
         for skipped in entry.trace.to_come(entry.position + 1):
             self._step_to(skipped)
         self._step_to(entry)

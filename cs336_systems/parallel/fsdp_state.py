@@ -46,7 +46,9 @@ def full_state_dict(model: FullyShardedDataParallel) -> dict[str, Any]:
     for flat in flats(model):
         whole = flat.collect(flat.shard)
         for index, names in enumerate(flat.names):
-            weight = flat.full(whole, index).clone()  # not a view, or saving it saves the others
+            weight = flat.layout.weight(
+                whole, index
+            ).clone()  # not a view, or saving it saves the others
             state.update({name: weight for name in names if name in state})
     return state
 
@@ -59,14 +61,16 @@ def load_full_state_dict(model: FullyShardedDataParallel, state: Mapping[str, An
         there = "missing" if unfit[0] in own else "unexpected"
         raise UsageError(f"{_WHERE}: state must have the module's names, got {there} {unfit[0]!r}")
     for name, value in own.items():
-        shape = sharded[name][0].shapes[sharded[name][1]] if name in sharded else _shape(value)
+        shape = (
+            sharded[name][0].layout.shapes[sharded[name][1]] if name in sharded else _shape(value)
+        )
         if shape is not None and _shape(state[name]) != shape:
             rule = f"have shape {tuple(shape)}"
             raise bad(_WHERE, f"state {name!r}", rule, tuple(_shape(state[name]) or ()))
     for name, (flat, index) in sharded.items():
         if name in state:
-            start, stop = flat.range_in_weight(index)
-            flat.local(flat.shard, index).copy_(state[name].reshape(-1)[start:stop])
+            start, stop = flat.layout.ranges[index]
+            flat.layout.piece(flat.shard, index).copy_(state[name].reshape(-1)[start:stop])
     model.forget_gathered()
     rest = {name: value for name, value in state.items() if name not in sharded}
     model.module.load_state_dict(rest, strict=False)
@@ -80,7 +84,7 @@ def check_pieces(model: FullyShardedDataParallel, state: Mapping[str, Any]) -> N
     own = model.module.state_dict()
     for name, (flat, index) in places(model).items():
         shape = _shape(state.get(name))
-        if shape is not None and shape != own[name].shape and shape == flat.shapes[index]:
+        if shape is not None and shape != own[name].shape and shape == flat.layout.shapes[index]:
             raise UsageError(
                 f"{_WHERE}: load_state_dict must get this rank's pieces, got the whole {name!r}; "
                 "load_full_state_dict takes it"
@@ -92,9 +96,9 @@ def sharded_state_dict(model: FullyShardedDataParallel) -> dict[str, Any]:
     state: dict[str, Any] = dict(model.module.state_dict())
     for name, (flat, index) in places(model).items():
         if name in state:
-            start, _ = flat.range_in_weight(index)
-            piece = flat.local(flat.shard, index)
-            state[name] = SavedShard(piece, start, flat.shapes[index])
+            start, _ = flat.layout.ranges[index]
+            piece = flat.layout.piece(flat.shard, index)
+            state[name] = SavedShard(piece, start, flat.layout.shapes[index])
     return state
 
 

@@ -10,13 +10,14 @@ from cs336_systems.parallel.fsdp_unit import Unit
 class Entry:
     """One call that entered a unit, at its place in the forward pass."""
 
-    __slots__ = ("is_watched", "position", "reads_weights", "trace", "unit")
+    __slots__ = ("is_watched", "position", "reads_weights", "trace", "unit", "version")
 
     def __init__(self, unit: Unit, trace: Trace, *, reads_weights: bool) -> None:
         self.unit = unit
         self.trace = trace
         self.position = len(trace.entries)
         self.reads_weights = reads_weights
+        self.version = unit.version
         self.is_watched = False
         """Whether the backward pass will announce itself."""
 

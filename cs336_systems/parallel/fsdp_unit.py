@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cs336_systems.parallel.fsdp_flat import FlatShard, Wire
+from cs336_systems.parallel.fsdp_flat import FlatShard
+from cs336_systems.parallel.fsdp_gradient import ShardedGradient
 from cs336_systems.parallel.fsdp_plan import UnitPlan, Weight
+from cs336_systems.parallel.fsdp_wire import Wire
 
 if TYPE_CHECKING:
     from cs336_systems.parallel.fsdp_trace import Entry
 
 
 class Unit:
-    """The flat shards of one plan; trained and frozen weights and each dtype have their own.
-
-    on_gradient: called with the unit whenever one of its weights has a gradient.
-    """
+    """The flat shards of one plan; trained and frozen weights and each dtype have their own."""
 
     def __init__(
         self,
@@ -32,13 +31,11 @@ class Unit:
     ) -> None:
         self.name = plan.name
         self.index = index
-        self.flats = [
-            FlatShard(weights, wire, compute_dtype, communication_dtype)
-            for weights in _by_kind(plan.weights)
-        ]
-        self.trainable = [flat for flat in self.flats if flat.is_trainable]
+        self.flats = [FlatShard(weights, wire, compute_dtype) for weights in _by_kind(plan.weights)]
+        trainable = [flat for flat in self.flats if flat.is_trainable]
+        self.gradients = [ShardedGradient(flat, wire, communication_dtype) for flat in trainable]
         # Reading frozen weights may come after the last gradient of trained ones.
-        self.is_done_with_its_gradients = len(self.trainable) == len(self.flats)
+        self.is_done_with_its_gradients = len(trainable) == len(self.flats)
         self.is_resident = False
         self.depth = 0
         self.entry: Entry | None = None
@@ -46,11 +43,11 @@ class Unit:
         self._backward = current_backward()
         self._put_pieces()
 
-    def watch_gradients(self, on_gradient: Callable[[Unit, FlatShard, int], None]) -> None:
-        """Call `on_gradient(unit, flat, index)` for each weight that has its gradient."""
-        for flat in self.trainable:
-            for index, view in enumerate(flat.views):
-                call = functools.partial(on_gradient, self, flat, index)
+    def watch_gradients(self, on_gradient: Callable[[Unit, ShardedGradient, int], None]) -> None:
+        """Call `on_gradient(unit, gradient, index)` for each weight that has its gradient."""
+        for gradient in self.gradients:
+            for index, view in enumerate(gradient.flat.views):
+                call = functools.partial(on_gradient, self, gradient, index)
                 view.register_post_accumulate_grad_hook(_without_argument(call))
 
     def launch_gather(self) -> bool:
@@ -65,6 +62,11 @@ class Unit:
     def is_gathered(self) -> bool:
         """Whether the weights are there, or on their way."""
         return any(flat.is_gathered for flat in self.flats)
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever weights are changed in place."""
+        return sum(flat.shard._version for flat in self.flats)
 
     def make_resident(self) -> None:
         """Wait for the gathered weights and let the layers see them."""
@@ -87,12 +89,12 @@ class Unit:
         for flat in self.flats:
             flat.release()
 
-    def has_all_gradients(self, flat: FlatShard, index: int) -> bool:
+    def has_all_gradients(self, gradient: ShardedGradient, index: int) -> bool:
         """Count one gradient; true with the last one of a backward pass."""
         task = current_backward()
         if task != self._backward:
             self._backward, self._missing = task, self._all_trainable()
-        self._missing.discard((id(flat), index))
+        self._missing.discard((id(gradient), index))
         if self._missing:
             return False
         self._missing = self._all_trainable()
@@ -105,16 +107,16 @@ class Unit:
     def launch_reduce(self) -> None:
         """Start to average all gradients over the ranks."""
         self.forget_gradients()
-        for flat in self.trainable:
-            flat.launch_reduce()
+        for gradient in self.gradients:
+            gradient.launch_reduce()
 
     def wait_reduce(self) -> None:
         """Let what is computed next see the averages."""
-        for flat in self.trainable:
-            flat.wait_reduce()
+        for gradient in self.gradients:
+            gradient.wait_reduce()
 
     def _all_trainable(self) -> set[tuple[int, int]]:
-        return {(id(flat), i) for flat in self.trainable for i in range(len(flat.pieces))}
+        return {(id(g), index) for g in self.gradients for index in range(len(g.flat.views))}
 
     def _places(self) -> Iterator[tuple[nn.Module, str]]:
         return (place for flat in self.flats for owners in flat.owners for place in owners)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336_systems.parallel.collectives import all_reduce
-from cs336_systems.parallel.fsdp_flat import Wire
+from cs336_systems.parallel.fsdp_wire import Wire
 from cs336_systems.parallel.layout import in_memory_order, laid_out_gradient
 from cs336_systems.parallel.side_stream import Ticket
 

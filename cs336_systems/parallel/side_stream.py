@@ -7,8 +7,6 @@ CPU they run on the backend's own threads, and what follows them runs when someb
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,10 +43,6 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-
-    def current(self) -> AbstractContextManager[Any]:
-        """Make it the stream that is launched on, where it is one."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def launch(
         self,
