@@ -76,10 +76,11 @@ class DataParallel(nn.Module):
         self.communication_dtype = communication_dtype
         self.find_unused, self.check_finite = find_unused, check_finite
         self.num_skipped_steps = 0
-        self._average_op, self._divisor = averaging(group)
         self._parameters_once = parameters_once(module)
         self._was_trainable = [p.requires_grad for p in self._parameters_once.values()]
         self._device = next(module.parameters()).device
+        self._average_op, self._divisor = averaging(group, self._device)
+        self._reads_late = self._device.type == "cuda" and not (find_unused or check_finite)
         self._synchronizing = True
         self._num_synchronized = 0
         self._largest: list[Tensor] = []
@@ -88,9 +89,7 @@ class DataParallel(nn.Module):
         )
         self._running_buffers = _saved_buffers(module) if broadcast_buffers else []
         self._buffers_due = False
-        self._broadcast(
-            [*self._parameters_once.values(), *buffers_once(module).values()],
-        )
+        self._broadcast([*self._parameters_once.values(), *buffers_once(module).values()])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module."""
@@ -119,9 +118,8 @@ class DataParallel(nn.Module):
         if not self._synchronizing:
             raise UsageError(f"{self.strategy}: no_sync() must be left before gradients are synced")
         self._synchronize()
-        waits_anyway = self.find_unused or self.check_finite or self._device.type == "cpu"
         self._num_synchronized += 1
-        if waits_anyway or self._num_synchronized == 1:
+        if not self._reads_late or self._num_synchronized == 1:
             self._judge(self._report.read())
 
     def clip_grad_norm(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
@@ -211,8 +209,9 @@ class DataParallel(nn.Module):
             elif parameter.requires_grad and parameter.grad is None:
                 missing.append(index)
         self._reduce()
+        nonfinite = self._is_nonfinite()
         with self._reporting():
-            self._report.launch(missing, changed, self._is_nonfinite())
+            self._report.launch(missing, changed, nonfinite)
         self._complete()
         self._report.wait()
         self._buffers_due = True

@@ -99,15 +99,15 @@ def all_gather_object(value: Any, group: Group = None) -> list[Any]:
     return values
 
 
-def averaging(group: Group = None) -> tuple[Any, int]:
-    """Return the reduction that leads to an average, and what its result is still to be divided by.
+def averaging(group: Group, device: torch.device) -> tuple[Any, int]:
+    """Return the reduction that leads to an average on a device, and what is left to divide by.
 
     NCCL's average scales before it adds, which gives the bits of dividing the sum only where the
     factor is a power of two.
     """
     world_size = dist.get_world_size(group)
     is_power_of_two = world_size & (world_size - 1) == 0
-    if "nccl" in dist.get_backend_config(group) and is_power_of_two:
+    if f"{device.type}:nccl" in dist.get_backend_config(group) and is_power_of_two:
         return ReduceOp.AVG, 1
     return ReduceOp.SUM, world_size
 
