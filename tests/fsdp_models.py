@@ -193,7 +193,16 @@ def train_alone(
     case: Case, world_size: int, *, dtype: torch.dtype | None = None, whole: bool = True
 ) -> Trained:
     """Train on all ranks' data in this process, at once or rank by rank."""
-    net = initial_net(case).to(dtype or case.dtype)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as ranks do: how sums are divided decides on their last bits
+    try:
+        return _train_alone(case, world_size, dtype or case.dtype, whole)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _train_alone(case: Case, world_size: int, dtype: torch.dtype, whole: bool) -> Trained:
+    net = initial_net(case).to(dtype)
     optimizer = optimizer_of(case, [p for p in net.parameters() if p.requires_grad])
     norms = []
     for step in range(case.num_steps):

@@ -74,6 +74,8 @@ class FullyShardedDataParallel(DataParallel):
             "reshard_after_forward": reshard_after_forward,
             "checkpoint_blocks": checkpoint_blocks,
         }
+        if isinstance(module, nn.Module) and any(isinstance(m, FSDPRoot) for m in module.modules()):
+            raise UsageError("fsdp: module must be wrapped once, got one that is wrapped already")
         super().__init__(module, own_options=own, **options)
         # After the options were compared, so that all ranks raise or none does.
         self._check(compute_dtype, checkpoint_blocks)
@@ -102,8 +104,6 @@ class FullyShardedDataParallel(DataParallel):
             raise bad(self.strategy, "compute_dtype", "be floating", compute_dtype)
         if int(checkpoint_blocks) < 0:
             raise bad(self.strategy, "checkpoint_blocks", "be >= 0", checkpoint_blocks)
-        if any(isinstance(module, FSDPRoot) for module in self.module.modules()):
-            raise UsageError("fsdp: module must be wrapped once, got one that is wrapped already")
 
     def _shard(self, compute_dtype: torch.dtype | None, checkpoint_blocks: bool | int) -> None:
         """Replace the weights by this rank's pieces, one unit after the other."""
