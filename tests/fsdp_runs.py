@@ -23,6 +23,13 @@ def loss_on_rank(model: Callable[..., Tensor], case: Case, step: int = 0) -> Ten
     return loss_of(model, case, tokens.to(communication_device()), use)
 
 
+def train_steps(case: Case, num_steps: int) -> dict[str, Tensor]:
+    model, optimizer, _ = start(case)
+    for step in range(num_steps):
+        train_step(case, model, optimizer, step)
+    return dict(model.full_state_dict())
+
+
 def describe_gradients(case: Case) -> dict[str, Any]:
     """Return what holds of every piece and its gradient after one step's backward pass."""
     model, _, _ = start(case)
@@ -228,19 +235,11 @@ def gaps_of_shards(case: Case) -> list[float]:
     found = []
     for unit in model.units:
         for flat in unit.flats:
-            rest = flat.shard.detach().clone()
+            gaps = flat.shard.detach().clone()
             for index in range(len(flat.pieces)):
-                flat.layout.piece(rest, index).zero_()
-            outside = flat.shard - rest - _only_pieces(flat)
-            found += [rest.abs().sum().item(), outside.abs().sum().item()]
+                flat.layout.piece(gaps, index).zero_()
+            found.append(gaps.abs().sum().item())
     return found
-
-
-def _only_pieces(flat: Any) -> Tensor:
-    only = torch.zeros_like(flat.shard)
-    for index, piece in enumerate(flat.pieces):
-        flat.layout.piece(only, index).copy_(piece.detach())
-    return only
 
 
 def message_of(name: str, case: Case) -> str:

@@ -40,16 +40,19 @@ def cases(draw: st.DrawFn) -> Case:
     }
     if not features & EXCLUSIVE:
         options["checkpoint_blocks"] = draw(st.sampled_from([False, True, 1]))
+    width = draw(st.integers(1, 9))
+    # The norm of one or two numbers is a sign; what its gradient has of rounding errors is magnified.
+    dtypes = [torch.float64] if width < 3 else [torch.float32, torch.float64]
     return Case(
         seed=draw(st.integers(0, 999)),
-        width=draw(st.integers(1, 9)),
+        width=width,
         hidden=draw(st.integers(1, 9)),
         depth=draw(st.integers(1, 5)),
         features=features,
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         num_micro_batches=draw(st.integers(1, 3)),
         num_samples=draw(st.integers(1, 3)),
-        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        dtype=draw(st.sampled_from(dtypes)),
         options=options,
     )
 
@@ -99,7 +102,7 @@ def check_training(world_size: int, case: Case, backend: str = "gloo") -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(world_size=st.integers(1, 4), case=cases())
 @example(world_size=4, case=Case(width=1, hidden=1, depth=1, num_samples=1))
 @example(world_size=3, case=Case(features=frozen("tied", "checkpointed"), num_micro_batches=2))

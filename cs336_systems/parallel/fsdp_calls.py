@@ -50,11 +50,17 @@ class FSDPLayer(nn.Module):
         return self._fsdp_calls.call_layer(self, self._fsdp_unit, super().forward, args, kwargs)
 
 
+def _derive(module: nn.Module, first: type[nn.Module]) -> None:
+    """Give the module a subclass of its class with the methods of `first`."""
+    cls: Any = type(module)
+    module.__class__ = _subclass(first.__name__, cls)
+
+
 @functools.cache
-def _subclass(first: type[nn.Module], cls: Callable[..., nn.Module]) -> type[nn.Module]:
-    """Return one class for all modules of a class."""
-    assert isinstance(cls, type)
-    return type(f"FSDP{cls.__name__}", (first, cls), {"__module__": cls.__module__})
+def _subclass(first: str, cls: Any) -> Any:
+    """Return one and the same class for all modules of a class."""
+    bases = ({"FSDPRoot": FSDPRoot, "FSDPLayer": FSDPLayer}[first], cls)
+    return type(f"FSDP{cls.__name__}", bases, {"__module__": cls.__module__})
 
 
 class Calls:
@@ -72,7 +78,7 @@ class Calls:
         for the backward pass."""
         self._attach_layers(root, unit)
         root.__dict__["_fsdp_call"] = functools.partial(self._call_root, root, unit, recompute)
-        root.__class__ = _subclass(FSDPRoot, type(root))
+        _derive(root, FSDPRoot)
 
     def _attach_layers(self, root: nn.Module, unit: Unit) -> None:
         mine = {id(owner) for flat in unit.flats for owners in flat.owners for owner, _ in owners}
@@ -81,7 +87,7 @@ class Calls:
                 layer.__dict__["_fsdp_calls"] = self
                 layer.__dict__["_fsdp_unit"] = unit
                 layer.__dict__["_fsdp_compute_dtype"] = self._compute_dtype
-                layer.__class__ = _subclass(FSDPLayer, type(layer))
+                _derive(layer, FSDPLayer)
 
     def _call_root(
         self,

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def full_state_dict(model: FullyShardedDataParallel, optimizer: Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state with whole tensors; what is no tensor of a piece's shape, as a
-    number of steps, is this rank's."""
+    """Return a copy of the optimizer's state with whole tensors.
+
+    What is no tensor of a piece's shape, as a number of steps, is this rank's.
+    """
     packed = optimizer.state_dict()
     numbers = _numbers(optimizer)
-    state = {number: dict(values) for number, values in packed["state"].items()}
+    state = {number: _copied(values) for number, values in packed["state"].items()}
     for flat in flats(model):
         of_weights = [state.get(numbers.get(id(piece), -1), {}) for piece in flat.pieces]
         for name in sorted({name for values in of_weights for name in values}):
@@ -62,6 +64,10 @@ def load_full_state_dict(
                 if isinstance(value, Tensor) and value.shape == flat.layout.shapes[index]:
                     values[name] = value.reshape(-1)[start:stop].clone()
     optimizer.load_state_dict({**state, "state": local})
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
 
 
 def _numbers(optimizer: Optimizer) -> dict[int, int]:

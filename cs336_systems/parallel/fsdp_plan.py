@@ -65,10 +65,12 @@ def plan_units(module: nn.Module) -> list[UnitPlan]:
         if not mine:
             continue
         plan = UnitPlan(name, [root], mine, blocks=[root] if is_block else [])
-        for other in [plan for plan in plans if _share_a_weight(plan.weights, mine)]:
-            plans.remove(other)
+        tied = [other for other in plans if _share_a_weight(other.weights, mine)]
+        for other in reversed(tied):
             plan = _merged(other, plan)
-        plans.append(plan)
+        place = plans.index(tied[0]) if tied else len(plans)
+        plans = [other for other in plans if not any(other is one for one in tied)]
+        plans.insert(place, plan)
     return plans
 
 

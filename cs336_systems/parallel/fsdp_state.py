@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -41,8 +41,11 @@ def places(model: FullyShardedDataParallel) -> dict[str, tuple[FlatShard, int]]:
 
 @torch.no_grad()
 def full_state_dict(model: FullyShardedDataParallel) -> dict[str, Any]:
-    """Return the plain module's state, collected from all ranks."""
-    state = dict(model.module.state_dict())
+    """Return a copy of the plain module's state, collected from all ranks."""
+    state = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in model.module.state_dict().items()
+    }
     for flat in flats(model):
         whole = flat.collect(flat.shard)
         for index, names in enumerate(flat.names):
@@ -98,31 +101,39 @@ def sharded_state_dict(model: FullyShardedDataParallel) -> dict[str, Any]:
         if name in state:
             start, _ = flat.layout.ranges[index]
             piece = flat.layout.piece(flat.shard, index)
-            state[name] = SavedShard(piece, start, flat.layout.shapes[index])
+            state[name] = SavedShard.of(piece, start, flat.layout.shapes[index])
     return state
 
 
-class SavedShard:
+class SavedShard(Tensor):
     """A run of a tensor's elements, which a distributed checkpoint sees as rectangles of it.
 
-    `torch.distributed.checkpoint` asks objects for their parts by the three methods below.
-    Shapes: local (numel of the run,), shape that of the whole tensor.
+    `torch.distributed.checkpoint` asks tensors for their parts by the three methods below.
+    Shapes: local (numel of the run,); `size()` is that of the whole tensor.
     """
 
-    def __init__(self, local: Tensor, start: int, shape: torch.Size) -> None:
-        self.local = local
-        self.shape = shape
-        runs = list(rectangles(start, start + local.numel(), shape))
-        if not math.prod(shape):  # a tensor without elements is still an entry of the checkpoint
-            runs = [((0,) * len(shape), tuple(shape))]
-        self._chunks = {
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    local: Tensor
+    _whole: torch.Size
+    _chunks: dict[torch.Size, ChunkStorageMetadata]
+
+    @classmethod
+    def of(cls, local: Tensor, start: int, whole: torch.Size) -> Self:
+        """Wrap the run that begins with element `start`; its memory is shared."""
+        shard = local.as_subclass(cls)
+        shard.local, shard._whole = local, whole
+        runs = list(rectangles(start, start + local.numel(), whole))
+        if not math.prod(whole):  # a tensor without elements is still an entry of the checkpoint
+            runs = [((0,) * len(whole), tuple(whole))]
+        shard._chunks = {
             torch.Size(offsets): ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
             for offsets, sizes in runs
         }
+        return shard
 
-    def size(self) -> torch.Size:
+    def size(self, dim: int | None = None) -> Any:
         """Return the shape of the whole tensor."""
-        return self.shape
+        return self._whole if dim is None else self._whole[dim]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.local)
@@ -130,7 +141,7 @@ class SavedShard:
             WriteItem(
                 index=MetadataIndex(name, offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
+                tensor_data=TensorWriteData(chunk, properties, self._whole),
             )
             for offsets, chunk in self._chunks.items()
         ]
