@@ -41,7 +41,7 @@ def cases(draw: st.DrawFn) -> Case:
     if not features & EXCLUSIVE:
         options["checkpoint_blocks"] = draw(st.sampled_from([False, True, 1]))
     width = draw(st.integers(1, 9))
-    # The norm of one or two numbers is a sign; what its gradient has of rounding errors is magnified.
+    # The norm of one or two numbers is a sign, whose gradient magnifies rounding errors.
     dtypes = [torch.float64] if width < 3 else [torch.float32, torch.float64]
     return Case(
         seed=draw(st.integers(0, 999)),
