@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parallel_fixtures import AVERAGING, BACKENDS, ON_RANKS, cases
 from parallel_models import FEATURES, Case, Trained, train_alone, train_with_all
@@ -16,6 +16,8 @@ STRATEGIES = [*AVERAGING, "torch_ddp"]
 # Four steps of a few hundred operations each, amplified by what AdamW divides by.
 NUM_ROUNDINGS = 2.0**14
 ALL = frozenset(FEATURES)
+# An example is twenty training runs or so.
+fewer = settings(max_examples=settings().max_examples // 2)
 
 
 def everything(double: bool, **changes: object) -> Case:
@@ -88,12 +90,14 @@ def check_training(world_size: int, case: Case, backend: str) -> None:
         torch.testing.assert_close(norms.float(), torch.tensor(truth.norms), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @example((1, everything(True)))
 @example((2, everything(True, num_micro_batches=3)))
 @example((3, everything(False)))
 @example((4, everything(True, widths=(1, 1), features=frozenset(), bucket_size_mb=None)))
 @example((2, everything(False, features=ALL - {"zeroed", "two_forwards"}, bucket_size_mb=25)))
 @given(worlds())
+@fewer
 def test_training_equals_one_process_on_the_whole_batch(world: tuple[int, Case]) -> None:
     check_training(*world, "gloo")
 
@@ -101,12 +105,14 @@ def test_training_equals_one_process_on_the_whole_batch(world: tuple[int, Case])
 @pytest.mark.multigpu(2)
 @example(everything(True))
 @given(cases(2))
+@fewer
 def test_training_equals_one_process_on_gpus(case: Case) -> None:
     check_training(2, case, "nccl")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
+@fewer
 def test_strategies_give_the_same_bits_on_two_ranks(data: st.DataObject, backend: str) -> None:
     # Two numbers have one sum: no order of adding them explains a difference.
     case = data.draw(cases(2))
