@@ -21,7 +21,9 @@ from cs336_systems.parallel.collectives import communication_device
 VOCABULARY = 11
 FEATURES = (
     "bias",
+    "bypassed",
     "checkpointed",
+    "detached",
     "frozen_all",
     "frozen_some",
     "layer_by_layer",
@@ -125,10 +127,13 @@ class Net(nn.Module):
         return [module for module in self.blocks.modules() if isinstance(module, Block)]
 
     def forward(self, tokens: Tensor, use: Tensor) -> Tensor:
-        """Shapes: tokens (samples, seq), use () whether `sometimes` counts -> (samples,)."""
+        """Shapes: tokens (samples, seq), use () whether every part counts -> (samples,)."""
         x = self.embedding(tokens)
         for block in self._blocks():
             x = self._run_block(block, x)
+            if block is self._blocks()[0]:
+                early = x
+                x = x.detach() if self.case.has("detached") and not use else x
         if self.case.has("repeated"):
             x = self._run_block(self._blocks()[0], x)
         if self.case.has("outside"):
@@ -140,6 +145,8 @@ class Net(nn.Module):
             x = x + y if use else x
         logits = self.head(self.norm(x.to(self.norm.weight.dtype)))
         losses = logits.square().mean((1, 2)) - logits[..., 0].mean(1)
+        if self.case.has("bypassed") and not use:
+            losses = early.square().mean((1, 2))
         if self.case.has("side_output"):
             losses = losses + sum(block.side for block in self._blocks())
         return losses
@@ -169,7 +176,7 @@ def initial_net(case: Case, rank: int = 0) -> Net:
 
 
 def batch(case: Case, step: int, micro: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Return a rank's tokens, and whether its samples use `sometimes`."""
+    """Return a rank's tokens, and whether its loss depends on all parts of the model."""
     generator = torch.Generator().manual_seed(case.seed + 7919 * (step * 64 + micro * 8 + rank))
     tokens = torch.randint(VOCABULARY, (case.num_samples, 3), generator=generator)
     return tokens, torch.tensor(rank != 1)
@@ -181,6 +188,11 @@ def loss_of(net: Callable[..., Tensor], case: Case, tokens: Tensor, use: Tensor)
         return net(tokens, use).mean() / case.num_micro_batches
     first, second = net(tokens, use), net(tokens.flip(0), use)
     return (first + second.sin()).mean() / case.num_micro_batches
+
+
+def differs_by_rank(case: Case) -> bool:
+    """Tell whether one rank's loss depends on fewer parts of the model than the others'."""
+    return bool({"sometimes", "detached", "bypassed"} & case.features)
 
 
 def optimizer_of(case: Case, parameters: Any) -> torch.optim.Optimizer:
@@ -208,7 +220,7 @@ def _train_alone(case: Case, world_size: int, dtype: torch.dtype, whole: bool) -
         optimizer.zero_grad(set_to_none=not case.has("zeroed"))
         for micro in range(case.num_micro_batches):
             parts = [batch(case, step, micro, rank) for rank in range(world_size)]
-            if whole and not case.has("sometimes"):
+            if whole and not differs_by_rank(case):
                 loss_of(net, case, torch.cat([t for t, _ in parts]), parts[0][1]).backward()
             else:
                 for tokens, use in parts:
@@ -236,7 +248,7 @@ def start(
     case: Case, strategy: str = "fsdp", **more: Any
 ) -> tuple[DataParallel, torch.optim.Optimizer, list[float]]:
     net = initial_net(case, dist.get_rank()).to(communication_device())
-    find_unused = case.has("unused") or case.has("sometimes")
+    find_unused = case.has("unused") or differs_by_rank(case)
     model = wrap(net, strategy, find_unused=find_unused, **case.options, **more)
     cls, settings = OPTIMIZERS[case.optimizer]
     return model, model.build_optimizer(cls, **settings), []

@@ -87,8 +87,9 @@ def test_frozen_weights_are_gathered_but_not_reduced() -> None:
     assert [what for what, _, _ in log].count(GATHER) == 8
 
 
-def test_ranks_that_use_different_weights_run_the_same_collectives() -> None:
-    case = Case(features=frozenset({"sometimes"}))
+@pytest.mark.parametrize("feature", ["sometimes", "detached", "bypassed"])
+def test_ranks_that_use_different_weights_run_the_same_collectives(feature: str) -> None:
+    case = Case(features=frozenset({feature}), depth=5)
     by_rank = pool(3).run(fsdp_runs.log_of_steps, case)
     assert by_rank[0] == by_rank[1] == by_rank[2]
 

@@ -228,6 +228,7 @@ class FullyShardedDataParallel(DataParallel):
         return super()._synchronize()
 
     def _reduce(self) -> None:
+        self._reductions.begin_round()
         self._schedule.walk_rest(only_begun=False)
         self._schedule.release_all()
         self._reductions.launch_rest()

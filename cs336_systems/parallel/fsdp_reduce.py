@@ -49,20 +49,23 @@ class Reductions:
         if unit.is_done_with_its_gradients and unit.depth == 0:
             self._schedule.release(unit)
         if is_synchronizing:
-            self._begin_round()
+            self.begin_round()
             self._complete.add(unit)
             self._launch_in_turn()
 
     def _on_step(self, trace: Trace) -> None:
         if self._is_synchronizing():
-            self._begin_round()
+            if current_backward() != -1:
+                self.begin_round()
             self._launch_in_turn(trace)
 
-    def _begin_round(self) -> None:
-        """Queue all units, once in each backward pass."""
-        if current_backward() != self._backward:
+    def begin_round(self) -> None:
+        """Queue all units, once in each backward pass; what is left of one that ended early goes
+        on with its queue."""
+        backward = current_backward()
+        if self._backward is None or backward not in (self._backward, -1):
             self.flush()
-            self._backward = current_backward()
+            self._backward = backward
             self._queue = list(reversed(self._entered))
 
     def _launch_in_turn(self, trace: Trace | None = None) -> None:
@@ -89,8 +92,6 @@ class Reductions:
 
     def launch_rest(self) -> None:
         """Start all that is left of the step."""
-        if self._backward is None:
-            self._queue = list(reversed(self._entered))
         self.flush()
         for unit in reversed(self._entered):
             if any(gradient.has_unsent for gradient in unit.gradients):
