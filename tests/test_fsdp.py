@@ -19,14 +19,23 @@ from cs336_systems.parallel import wrap
 from cs336_systems.parallel.base import DataParallel
 
 pytestmark = ON_RANKS
-# Four steps of a few hundred operations each.
-NUM_ROUNDINGS = 2.0**10
+# Four steps of a few hundred operations each, amplified by norms of few numbers and by what AdamW
+# divides by.
+NUM_ROUNDINGS = 2.0**14
 # The layers of a block are run by themselves or through the block, recomputed or not.
 EXCLUSIVE = frozenset({"layer_by_layer", "side_output", "checkpointed"})
 
 
 def frozen(*features: str) -> frozenset[str]:
     return frozenset(features)
+
+
+# On rank 1 the first block has all its gradients before those of the others have come.
+ENDS_EARLY = Case(
+    features=frozen("detached", "repeated"),
+    num_micro_batches=2,
+    options={"reshard_after_forward": False},
+)
 
 
 @st.composite
@@ -40,19 +49,17 @@ def cases(draw: st.DrawFn) -> Case:
     }
     if not features & EXCLUSIVE:
         options["checkpoint_blocks"] = draw(st.sampled_from([False, True, 1]))
-    width = draw(st.integers(1, 9))
-    # The norm of one or two numbers is a sign, whose gradient magnifies rounding errors.
-    dtypes = [torch.float64] if width < 3 else [torch.float32, torch.float64]
     return Case(
         seed=draw(st.integers(0, 999)),
-        width=width,
+        # The norm of one or two numbers is a sign, whose gradient magnifies rounding errors.
+        width=draw(st.integers(3, 9)),
         hidden=draw(st.integers(1, 9)),
         depth=draw(st.integers(1, 5)),
         features=features,
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         num_micro_batches=draw(st.integers(1, 3)),
         num_samples=draw(st.integers(1, 3)),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
         options=options,
     )
 
@@ -107,6 +114,7 @@ def check_training(world_size: int, case: Case, backend: str = "gloo") -> None:
 @example(world_size=4, case=Case(width=1, hidden=1, depth=1, num_samples=1))
 @example(world_size=3, case=Case(features=frozen("tied", "checkpointed"), num_micro_batches=2))
 @example(world_size=2, case=Case(features=frozen("tied", "two_forwards", "repeated")))
+@example(world_size=2, case=ENDS_EARLY)
 @example(world_size=2, case=Case(features=frozen("frozen_some", "frozen_all", "side_output")))
 def test_training_equals_one_process(backend: str, world_size: int, case: Case) -> None:
     if backend == "nccl":

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 
 from cs336_systems.parallel.fsdp_gradient import ShardedGradient
 from cs336_systems.parallel.fsdp_schedule import Schedule
-from cs336_systems.parallel.fsdp_trace import Trace
 from cs336_systems.parallel.fsdp_unit import Unit, current_backward
 
 
@@ -46,18 +45,18 @@ class Reductions:
         gradient.note(index, accumulate=not is_synchronizing)
         if not unit.has_all_gradients(gradient, index):
             return
-        if unit.is_done_with_its_gradients and unit.depth == 0:
-            self._schedule.release(unit)
+        if unit.is_done_with_its_gradients:
+            self._schedule.release_if_last(unit)
         if is_synchronizing:
             self.begin_round()
             self._complete.add(unit)
             self._launch_in_turn()
 
-    def _on_step(self, trace: Trace) -> None:
+    def _on_step(self) -> None:
         if self._is_synchronizing():
             if current_backward() != -1:
                 self.begin_round()
-            self._launch_in_turn(trace)
+            self._launch_in_turn(after_step=True)
 
     def begin_round(self) -> None:
         """Queue all units, once in each backward pass; what is left of one that ended early goes
@@ -68,11 +67,10 @@ class Reductions:
             self._backward = backward
             self._queue = list(reversed(self._entered))
 
-    def _launch_in_turn(self, trace: Trace | None = None) -> None:
+    def _launch_in_turn(self, *, after_step: bool = False) -> None:
         while self._queue:
             unit = self._queue[0]
-            is_over = trace is not None and self._schedule.is_over(unit, trace)
-            if not (is_over or unit in self._complete):
+            if unit not in self._complete and not (after_step and self._schedule.is_over(unit)):
                 return
             self._launch(self._queue.pop(0))
 

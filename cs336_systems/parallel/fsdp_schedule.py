@@ -30,8 +30,8 @@ class Schedule:
 
     def __init__(self, *, reshard_after_forward: bool) -> None:
         self._reshards = reshard_after_forward
-        self.on_step: Callable[[Trace], None] = lambda _: None
-        """Called when the backward pass has come to another entry of the trace."""
+        self.on_step: Callable[[], None] = lambda: None
+        """Called when the backward pass has come to another entry."""
         self._gathered: dict[Unit, None] = {}
         self._order: list[Unit] = []
         self._trace: Trace | None = None
@@ -157,14 +157,25 @@ class Schedule:
                     self._step_to(entry)
         self._open = [trace for trace in self._open if only_begun and not trace.has_begun]
 
-    def is_over(self, unit: Unit, trace: Trace) -> bool:
-        """Whether no gradient of `unit` is to be expected any more, with backward in `trace`."""
-        return all(other.is_over(unit) for other in (trace, *self._open))
+    def is_over(self, unit: Unit) -> bool:
+        """Whether no gradient of `unit` is to be expected any more."""
+        return all(trace.is_over(unit) for trace in self._traces_under_way())
+
+    def release_if_last(self, unit: Unit) -> None:
+        """Free a unit that has all its gradients, unless its weights have another use to come.
+
+        On another rank its gradients may not be complete yet: both have to gather it for that.
+        """
+        if unit.depth == 0 and all(trace.is_in_last(unit) for trace in self._traces_under_way()):
+            self.release(unit)
+
+    def _traces_under_way(self) -> list[Trace]:
+        return self._open if self._current is None else [self._current.trace, *self._open]
 
     def _step_to(self, entry: Entry) -> None:
-        entry.trace.move_to(entry)
-        self.on_step(entry.trace)
         self._current, self._wanted = entry, entry.trace.window(entry, _NUM_AHEAD)
+        entry.trace.move_to(entry)
+        self.on_step()
         if self._reshards:
             for unit in [unit for unit in self._gathered if unit not in self._wanted]:
                 self.release(unit)

@@ -61,9 +61,14 @@ class Trace:
         return (entry for entry in reversed(self.entries[down_to:end]) if entry.is_watched)
 
     def is_over(self, unit: Unit) -> bool:
-        """Whether no call that entered `unit` is left for the backward pass to come by."""
+        """Whether backward has left all calls that entered `unit`."""
         first = self._first.get(unit)
         return first is None or (self._cursor is not None and first > self._cursor)
+
+    def is_in_last(self, unit: Unit) -> bool:
+        """Whether backward is in the last call that entered `unit`, or has left it."""
+        first = self._first.get(unit)
+        return first is None or (self._cursor is not None and first >= self._cursor)
 
     def window(self, entry: Entry, num_ahead: int) -> list[Unit]:
         """Return the units of `entry` and of those that backward comes by next."""
