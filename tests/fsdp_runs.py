@@ -141,6 +141,17 @@ def outputs(case: Case) -> tuple[Tensor, Tensor, Tensor, int]:
     return without, model(tokens, use).detach(), plain, rest
 
 
+def call_after_change(case: Case) -> tuple[Tensor, Tensor]:
+    """Return what the head says after its weights were changed, and the plain module's answer."""
+    net, model = initial_net(case), wrap(initial_net(case), "fsdp")
+    x = torch.ones(2, case.width)
+    loss_on_rank(model, case)  # leaves the head gathered, for a backward pass that never comes
+    with torch.no_grad():
+        for parameter in (*net.parameters(), *model.parameters()):
+            parameter.mul_(2)
+    return model.module.head(x).detach(), net.head(x).detach()
+
+
 def generate(prompt: Tensor) -> tuple[Tensor, Tensor]:
     """Return what a wrapped and a plain language model say, greedily."""
     torch.manual_seed(1)

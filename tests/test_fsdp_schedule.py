@@ -87,6 +87,14 @@ def test_frozen_weights_are_gathered_but_not_reduced() -> None:
     assert [what for what, _, _ in log].count(GATHER) == 8
 
 
+def test_frozen_weights_stay_until_the_gradient_has_passed_them() -> None:
+    case = Case(features=frozenset({"frozen_some"}))
+    log = pool(2).run(fsdp_runs.log_of_steps, case)[0][-1]
+    # A block has a vector of frozen weights and one of trained ones.
+    assert [what for what, _, _ in log].count(GATHER) == 1 + 2 * 3 + 1 + 2 * 3
+    assert [what for what, _, _ in log].count(REDUCE) == 5
+
+
 @pytest.mark.parametrize("feature", ["sometimes", "detached", "bypassed"])
 def test_ranks_that_use_different_weights_run_the_same_collectives(feature: str) -> None:
     case = Case(features=frozenset({feature}), depth=5)

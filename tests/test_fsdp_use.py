@@ -75,6 +75,11 @@ def test_the_wrapped_module_can_be_used_by_itself() -> None:
         assert torch.equal(said, said_in_shards)
 
 
+def test_a_layer_sees_its_weights_as_they_are_now() -> None:
+    for said, wanted in pool(2).run(fsdp_runs.call_after_change, Case()):
+        assert torch.equal(said, wanted)
+
+
 @pytest.mark.parametrize("dropped", ["unfinished", "accumulated"])
 def test_zero_grad_takes_back_unfinished_gradients(dropped: str) -> None:
     for with_drop, without in pool(2).run(fsdp_runs.drop_gradients, Case(), dropped):
