@@ -38,7 +38,6 @@ class ShardedGradient:
         self.arrived: set[int] = set()
         """Weights that have a gradient which `complete` has not handed out."""
 
-    @torch.no_grad()
     def note(self, index: int, *, accumulate: bool) -> None:
         """Take in that weight `index` has its local gradient of a backward pass.
 

@@ -130,11 +130,16 @@ class Schedule:
 
     # The backward pass.
 
-    @torch.no_grad()
     def before_backward(self, entry: Entry) -> None:
-        """Have the weights in place for the backward pass of a call, and the next ones coming."""
-        if entry is self._current and entry.unit.is_resident:
-            return
+        """Have the weights in place for the backward pass of a call, and the next ones coming.
+
+        Raises: RuntimeError when the weights are not those of the call any more.
+        """
+        if entry is not self._current or not entry.unit.is_resident:
+            self._walk_to(entry)
+
+    @torch.no_grad()
+    def _walk_to(self, entry: Entry) -> None:
         if entry.version != entry.unit.version:
             raise RuntimeError(
                 f"fsdp: weights must stay as they were until the backward pass of their call, "
