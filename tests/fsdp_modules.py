@@ -148,7 +148,7 @@ def use_the_course_hooks(
         model: nn.Module = BasicsTransformerLM(17, 8, 8, 2, 2, 12)
         if sharded:
             model = adapters.get_fsdp(model, compute_dtype=dtype)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         for step in range(3):
             tokens = torch.randint(17, (4, 8), generator=torch.Generator().manual_seed(step))
             part = tokens.chunk(dist.get_world_size())[dist.get_rank()] if sharded else tokens
