@@ -76,3 +76,21 @@ def get_sharded_optimizer(
     from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
 
     return ShardedOptimizer(params, optimizer_cls, **kwargs)
+
+
+def get_fsdp(module: torch.nn.Module, compute_dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """Wrap with sharded weights (2026)."""
+    from cs336_systems.parallel import wrap
+
+    return wrap(module, "fsdp", compute_dtype=compute_dtype, find_unused=True)
+
+
+def fsdp_on_after_backward(fsdp_model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Wait for the reductions."""
+    fsdp_model.finish_gradient_synchronization()
+
+
+def fsdp_gather_full_params(fsdp_model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every parameter of the wrapped module, whole, by its name."""
+    state = fsdp_model.full_state_dict()
+    return {name: state[name] for name, _ in fsdp_model.module.named_parameters()}

@@ -55,6 +55,10 @@ STRATEGIES = Table(
             summary="flashddp, with optimizer state on one rank per parameter and parameters sent "
             "during the next forward pass",
         ),
+        "fsdp": Entry(
+            target=f"{_HERE}.fsdp:FullyShardedDataParallel",
+            summary="weights, gradients and optimizer state in shards; gathered ahead of use",
+        ),
         "torch_ddp": Entry(
             target=f"{_HERE}.peers:TorchDDP",
             summary="torch's DistributedDataParallel",
@@ -63,6 +67,11 @@ STRATEGIES = Table(
         "torch_zero": Entry(
             target=f"{_HERE}.peers_zero:TorchZero",
             summary="torch's DistributedDataParallel with its ZeroRedundancyOptimizer",
+            peer=True,
+        ),
+        "torch_fsdp2": Entry(
+            target=f"{_HERE}.peers_fsdp:TorchFSDP2",
+            summary="torch's fully_shard, block by block",
             peer=True,
         ),
     },

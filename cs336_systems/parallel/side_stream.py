@@ -1,0 +1,73 @@
+"""Collectives beside the computation, and the order between the two.
+
+On a GPU they run on a stream of high priority, with events in place of waits of the host. On the
+CPU they run on the backend's own threads, and what follows them runs when somebody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+
+def _nothing() -> None:
+    return
+
+
+class Ticket:
+    """Work on its way. What it was made of, and thus every tensor it uses, lives until it has been
+    waited for."""
+
+    def __init__(self, wait: Callable[[], None], *held: object) -> None:
+        self._wait = wait
+        self._held = held
+        self._is_over = False
+
+    def wait(self) -> None:
+        """Let what the caller computes from here on come after the work."""
+        if not self._is_over:
+            self._is_over = True
+            self._wait()
+            self._wait, self._held = _nothing, ()
+
+
+class SideStream:
+    """Where collectives run while the current stream computes.
+
+    Tensors it touches are allocated by the caller, on the stream that computes, and freed after
+    the ticket was waited for. The allocator thus reuses them in that stream's order, and memory is
+    the same in every step, which `record_stream` would not give.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def launch(
+        self,
+        collective: Callable[[bool], dist.Work | None],
+        *,
+        before: Callable[[], None] = _nothing,
+        after: Callable[[], None] = _nothing,
+    ) -> Ticket:
+        """Run `before`, `collective(async_op)` and `after` once the work queued so far is done."""
+        if self._stream is None:
+            before()
+            work = collective(True)
+            assert work is not None, "an asynchronous collective returns a handle"
+
+            def wait() -> None:
+                work.wait()
+                after()
+
+            return Ticket(wait)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            before()
+            collective(False)
+            after()
+            done = self._stream.record_event()
+        return Ticket(
+            lambda: torch.cuda.current_stream().wait_event(done), before, collective, after
+        )
