@@ -158,7 +158,7 @@ def test_mixed_clocks_get_a_column_and_one_clock_a_note(tmp_path: Path) -> None:
 
 
 def test_sections_are_stamped_and_kept_apart_by_hardware(tmp_path: Path) -> None:
-    data = [fx.timed("s", {"n": 1}, 0.01)]
+    data = [fx.timed("s", {"processes": 1}, 0.01)]
     files = [
         fx.write(tmp_path / f"{device['kind']}.json", fx.document(*data, device=device))
         for device in (fx.GPU, {**fx.GPU, "count": 8, "kind": "rocm"}, fx.CPU)
@@ -173,6 +173,13 @@ def test_sections_are_stamped_and_kept_apart_by_hardware(tmp_path: Path) -> None
     assert "commit 0123abcd; made by `pytest benchmarks/ --sizes small,2.7b`" in stamp
     assert "driver" not in found[2].stamp[0]
     assert "8 x NVIDIA H200" in found[1].stamp[0]
+
+
+def test_a_case_without_processes_ran_on_one_device_of_many(tmp_path: Path) -> None:
+    data = [fx.timed("single", {"n": 1}, 0.01), fx.timed("several", {"ranks": 2}, 0.01)]
+    file = fx.write(tmp_path / "a.json", fx.document(*data, device={**fx.GPU, "count": 2}))
+    labels = {section.name: section.hardware.label for section in sections(load([file]))}
+    assert labels == {"single": "NVIDIA H200", "several": "2 x NVIDIA H200"}
 
 
 def test_dirty_tree_and_throttling_are_said(tmp_path: Path) -> None:

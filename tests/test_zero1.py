@@ -67,11 +67,14 @@ def test_what_is_compiled_later_waits(options: dict[str, Any]) -> None:
 def check_case(case: Case, world_size: int, backend: str = "gloo") -> list[dict[str, Any]]:
     state, norms = on_rank.single(case, world_size * case.num_micro_batches)
     results = pool(world_size, backend).run(on_rank.train, case)
+    # torch's weight norm computes norms of doubles in fp32 on a GPU.
+    rounded = backend == "nccl" and case.model == "normed"
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if rounded else TOLERANCE
     for result in results:
         assert result["optimizer"] == "ShardedOptimizer"
         assert_close(result["state"], results[0]["state"], rtol=0, atol=0)
-        assert_close(result["state"], state, **TOLERANCE)
-        assert_close(result["norms"], norms, **TOLERANCE)
+        assert_close(result["state"], state, **tolerance)
+        assert_close(result["norms"], norms, **tolerance)
         assert result["pending_steps"] == (case.num_steps if case.overlap else 0)
     if case.max_norm == 0.01:
         assert min(norms) > case.max_norm

@@ -106,7 +106,7 @@ def missing(value: object) -> bool:
 
 def _row(entry: Entry, source: Source) -> Row:
     record, kind = entry.record, entry.record["device"].partition(":")[0]
-    hardware = source.hardware_of(kind)
+    hardware = source.hardware_of(kind, record["case"])
     case = record["case"]
     row: Row = {
         "study": record["study"],
@@ -197,7 +197,9 @@ def _provenance(source: Source, hardware: Hardware) -> Row:
         "device_kind": hardware.kind,
         "device_name": hardware.label,
         "device_count": hardware.count,
-        "power_limit_w": source.power_limit_watts if hardware == source.hardware else None,
+        "power_limit_w": source.power_limit_watts
+        if hardware.kind == source.hardware.kind
+        else None,
         **{name: source.version(name) for name in names},
         "commit": source.commit,
         "command": source.command,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cs336_systems.report.value import Value
+
+_PROCESSES = {"processes", "ranks"}
+"""What the parameters of a case that spans devices are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +78,13 @@ class Source:
         """Return the version of one dependency, None where the file does not say."""
         return dict(self.versions).get(name)
 
-    def hardware_of(self, kind: str) -> Hardware:
-        """Return the hardware of a record made on `kind`: a GPU machine has host cases too."""
+    def hardware_of(self, kind: str, case: Mapping[str, Any]) -> Hardware:
+        """Return the hardware of a case measured on `kind`: a GPU machine has host cases too.
+
+        A case that names no processes runs on one device, however many the machine has.
+        """
         if kind == self.hardware.kind:
-            return self.hardware
+            return self.hardware if _PROCESSES & case.keys() else replace(self.hardware, count=1)
         return Hardware(kind=kind, name=self.hardware.cpu or kind, cpu=self.hardware.cpu)
 
     def peak(self, kind: str, dtype: str | None) -> float | None:
@@ -160,7 +166,7 @@ def _made_by(commands: Sequence[str], brief: bool) -> str:
 def _stamp_line(source: Source, hardware: Hardware) -> str:
     names = {"cuda": "CUDA"}
     parts = [hardware.label]
-    if source.power_limit_watts is not None and hardware == source.hardware:
+    if source.power_limit_watts is not None and hardware.kind == source.hardware.kind:
         parts.append(f"power limit {source.power_limit_watts:g} W")
     # A driver and a CUDA version say nothing about a case that ran on the host.
     hidden = ("driver", "cuda") if hardware.kind == "cpu" else ()

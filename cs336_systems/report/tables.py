@@ -49,7 +49,7 @@ class Section:
     stamp: Sequence[str]
     brief_stamp: Sequence[str]
     name: str
-    """The stem of its files: the study, with the hardware's slug where there is more than one."""
+    """The stem of its files: the study, with the hardware's slug where several were measured."""
 
     @property
     def heading(self) -> str:
@@ -60,22 +60,20 @@ class Section:
 def sections(frame: Frame) -> list[Section]:
     """Return one section for each study on each hardware."""
     rows = frame.rows()
-    devices = {row["hardware"].identity(): row["hardware"] for row in rows}
     made = []
     for name in study_names(rows):
-        for identity, hardware in devices.items():
-            chosen = [
-                row
-                for row in rows
-                if row["study"] == name and row["hardware"].identity() == identity
-            ]
-            if chosen:
-                stem = f"{name}_{_slug(hardware, devices.values())}" if len(devices) > 1 else name
-                made.append(_section(study_of(name), hardware, chosen, stem))
+        by_device: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            if row["study"] == name:
+                by_device.setdefault(row["hardware"].identity(), []).append(row)
+        devices = [chosen[0]["hardware"] for chosen in by_device.values()]
+        for hardware, chosen in zip(devices, by_device.values(), strict=True):
+            stem = f"{name}_{_slug(hardware, devices)}" if len(devices) > 1 else name
+            made.append(_section(study_of(name), hardware, chosen, stem))
     return made
 
 
-def _slug(hardware: Hardware, devices: Iterable[Hardware]) -> str:
+def _slug(hardware: Hardware, devices: Sequence[Hardware]) -> str:
     """Return the hardware's slug, numbered where another's is the same."""
     same = [device for device in devices if device.slug == hardware.slug]
     position = same.index(hardware)
