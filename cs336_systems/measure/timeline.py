@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from cs336_systems.measure.intervals import (
@@ -104,8 +103,8 @@ def step_timeline(step: Callable[[], object], device: torch.device) -> Timeline 
 def read_events(events: list[Any], *, on_gpu: bool) -> Timeline | None:
     """Sort the profiler's events of the marked step into lanes."""
     # A profiler shows its user's ranges on the device too, where they cover several kernels.
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    own = [event for event in events if event.device_type == kind]
+    kind = "CUDA" if on_gpu else "CPU"
+    own = [event for event in events if event.device_type.name == kind]
     window = _window(own, on_gpu=on_gpu)
     if window is None:
         return None
