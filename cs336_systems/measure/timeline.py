@@ -6,7 +6,7 @@ one, compute is the time inside of operators and communication that from a call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from cs336_systems.measure.intervals import (
     Interval,
     coarser,
     duration,
+    pack,
     union,
     waited,
     within,
@@ -60,21 +61,6 @@ class Timeline:
         """Return the step's lanes as `pack` writes them, short enough for JSON."""
         kinds = {"compute": self.compute, "communication": self.communication}
         return {name: pack(coarser(found, _MOST_INTERVALS)) for name, found in kinds.items()}
-
-
-def pack(intervals: Iterable[Interval]) -> str:
-    """Return intervals as text, begin and end of each joined by a colon: a list of numbers would
-    take a line of JSON for each."""
-    return " ".join(f"{begin:.3f}:{end:.3f}" for begin, end in intervals)
-
-
-def unpack(text: str) -> list[Interval]:
-    """Return the intervals that `pack` wrote.
-
-    Raises: ValueError for other text.
-    """
-    pairs = (word.split(":") for word in text.split())
-    return [(float(begin), float(end)) for begin, end in pairs]
 
 
 def step_timeline(step: Callable[[], object], device: torch.device) -> Timeline | None:
