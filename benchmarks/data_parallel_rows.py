@@ -54,11 +54,12 @@ def _communication(results: Sequence[TrainingResult]) -> dict[str, float | None]
     if len(timelines) < len(results):
         return {}
     least = min(timelines, key=lambda timeline: timeline.communication_ms)
+    waits = {"gather_wait_ms": least.gather_wait_ms} if least.gathers else {}
     return {
         "profiled_step_ms": least.step_ms,
         "communication_ms": least.communication_ms,
         "unhidden_ms": least.unhidden_ms,
-        "gather_wait_ms": least.gather_wait_ms,
+        **waits,
     }
 
 

@@ -75,3 +75,18 @@ def coarser(intervals: Iterable[Interval], most: int) -> list[Interval]:
         return merged
     breaks = sorted(after[0] - before[1] for before, after in pairwise(merged))
     return union(merged, gap=breaks[len(merged) - most - 1])
+
+
+def pack(intervals: Iterable[Interval]) -> str:
+    """Return intervals as text, begin and end of each joined by a colon: a list of numbers would
+    take a line of JSON for each."""
+    return " ".join(f"{begin:.3f}:{end:.3f}" for begin, end in intervals)
+
+
+def unpack(text: str) -> list[Interval]:
+    """Return the intervals that `pack` wrote.
+
+    Raises: ValueError for other text.
+    """
+    pairs = (word.split(":") for word in text.split())
+    return [(float(begin), float(end)) for begin, end in pairs]

@@ -72,7 +72,7 @@ class Record:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     """The device's clocks and throttle reasons before and after the timed rounds."""
     timeline: Mapping[str, str] | None = None
-    """What ran in each lane and when, in milliseconds, as `timeline.pack` writes it."""
+    """What ran in each lane and when, in milliseconds, as `intervals.pack` writes it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat dictionary that travels in JSON."""

@@ -6,18 +6,18 @@ one, compute is the time inside of operators and communication that from a call 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from cs336_systems.measure.intervals import (
     Interval,
     coarser,
     duration,
+    pack,
     union,
     waited,
     within,
@@ -63,21 +63,6 @@ class Timeline:
         return {name: pack(coarser(found, _MOST_INTERVALS)) for name, found in kinds.items()}
 
 
-def pack(intervals: Iterable[Interval]) -> str:
-    """Return intervals as text, begin and end of each joined by a colon: a list of numbers would
-    take a line of JSON for each."""
-    return " ".join(f"{begin:.3f}:{end:.3f}" for begin, end in intervals)
-
-
-def unpack(text: str) -> list[Interval]:
-    """Return the intervals that `pack` wrote.
-
-    Raises: ValueError for other text.
-    """
-    pairs = (word.split(":") for word in text.split())
-    return [(float(begin), float(end)) for begin, end in pairs]
-
-
 def step_timeline(step: Callable[[], object], device: torch.device) -> Timeline | None:
     """Run `step` three times without a break, and return what happened in the second.
 
@@ -104,8 +89,8 @@ def step_timeline(step: Callable[[], object], device: torch.device) -> Timeline 
 def read_events(events: list[Any], *, on_gpu: bool) -> Timeline | None:
     """Sort the profiler's events of the marked step into lanes."""
     # A profiler shows its user's ranges on the device too, where they cover several kernels.
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    own = [event for event in events if event.device_type == kind]
+    kind = "CUDA" if on_gpu else "CPU"
+    own = [event for event in events if event.device_type.name == kind]
     window = _window(own, on_gpu=on_gpu)
     if window is None:
         return None

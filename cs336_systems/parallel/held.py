@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cs336_systems.errors import bad
@@ -79,7 +80,9 @@ def held_bytes(
 def _count(tensors: Iterable[Tensor], device: torch.device, counted: set[int]) -> int:
     """Add up the storages that are not among `counted`, and put them there."""
     total = 0
-    for tensor in tensors:
+    for found in tensors:
+        # Of a distributed tensor a rank holds its part.
+        tensor = found.to_local() if isinstance(found, DTensor) else found
         storage = tensor.untyped_storage()
         if tensor.device == device and storage.nbytes() and storage.data_ptr() not in counted:
             counted.add(storage.data_ptr())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cs336_systems.report.against_none import add_comparisons
 from cs336_systems.report.load import Document, Entry, load_document
 from cs336_systems.report.source import Hardware, Source
 
@@ -24,11 +25,11 @@ _CLOCK = ("clock", "cache", "rounds", "warmup_rounds", "calls_per_round")
 _TAIL = (
     "speedup", "baseline", "throttle", "device_kind", "device_name", "device_count",
     "power_limit_w", "driver", "cuda", "torch", "triton", "python", "commit", "command",
-    "file", "id", "fullname", "data_ms", "case", "source", "hardware", "roof",
+    "file", "id", "fullname", "data_ms", "case", "source", "hardware", "roof", "timeline",
 )  # fmt: skip
 _RESERVED = frozenset((*_OUTCOME, *TIME_COLUMNS, *_CLOCK, *_DERIVED, *_TAIL))
 # What the frame holds for Python alone; a CSV has the same in plain columns.
-_OBJECTS = ("data_ms", "case", "source", "hardware", "roof")
+_OBJECTS = ("data_ms", "case", "source", "hardware", "roof", "timeline")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def build(documents: Sequence[Document]) -> Frame:
         cases = f"{number} case{'s' if number > 1 else ''}"
         warnings.append(f"report: {later}: {cases} measured again replace those of {earlier}")
     _add_speedups(kept)
+    add_comparisons(list(kept.values()))
     rows = list(kept.values())
     sources = tuple(document.source for document in documents)
     return Frame(cases=_table(rows), sources=sources, warnings=tuple(warnings))
@@ -136,6 +138,7 @@ def _row(entry: Entry, source: Source) -> Row:
         None if baseline is None else ", ".join(f"{k}={v}" for k, v in baseline.items())
     )
     row["_baseline"] = baseline
+    row["timeline"] = record.get("timeline")
     return row
 
 

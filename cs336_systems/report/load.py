@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cs336_systems.errors import UsageError, bad
+from cs336_systems.measure.intervals import unpack
 from cs336_systems.measure.record import SCHEMA, Cache, Clock, Status
 from cs336_systems.report.source import Source, read_source
 from cs336_systems.report.value import Value
@@ -169,6 +171,20 @@ def _check_record(record: Value) -> None:
         value.integer()
     for _, value in record["facts"].fields():
         value.text()
+    for _, value in record["timeline"].fields():
+        _check_lane(value)
+
+
+def _check_lane(value: Value) -> None:
+    """Refuse a lane that holds anything but intervals; one that stayed empty is none."""
+    rule = "be begins and ends in order, as in '0.5:1.25 2:3'"
+    try:
+        intervals = unpack(value.raw)
+    except (AttributeError, ValueError):
+        raise value.must(rule) from None
+    ends = [moment for interval in intervals for moment in interval]
+    if not all(math.isfinite(moment) for moment in ends) or ends != sorted(ends):
+        raise value.must(rule)
 
 
 def _check_stats(stats: Value) -> None:

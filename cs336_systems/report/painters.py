@@ -71,7 +71,7 @@ def _paint_bars(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row])
             if height is not None:
                 axes.bar(at, height, width * 0.92, color=style.colour)
             elif row["status"] != "ok":
-                _mark_bar(axes, at, width * 0.92, style.colour, text.STATUS[row["status"]])
+                mark_bar(axes, at, width * 0.92, style.colour, text.STATUS[row["status"]])
             if height is not None and scene.plot.line_at is not None:
                 upright = len(groups) * len(scene.series) > _MOST_LEVEL_NUMBERS
                 _number_bar(axes, at, height, 90 if upright else 0)
@@ -95,7 +95,7 @@ def group_label(group: Any) -> str:
     return "\n".join(textwrap.wrap(word(group), _LABEL_COLUMNS)) or word(group)
 
 
-def _mark_bar(axes: Axes, at: float, width: float, colour: str, outcome: str) -> None:
+def mark_bar(axes: Axes, at: float, width: float, colour: str, outcome: str) -> None:
     # Data along x, axis fractions along y: the mark stands on the axis whatever its scale.
     across = axes.get_xaxis_transform()
     axes.add_patch(
@@ -129,12 +129,20 @@ def _paint_lines(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]
             linestyle=style.dash,
             **_stroke(position, len(scene.series)),
         )
+        _paint_beside(scene, axes, own, style.colour)
     if scene.stopped:
         _mark_stops(scene, palette, axes, rows)
     swept = values_of(x, scene.rows)
     if scene.plot.log_x and swept[0] > 0:
         log_ticks_at(axes, swept)
         axes.set_xlim(swept[0] / 1.25, swept[-1] * 1.25)
+
+
+def _paint_beside(scene: Scene, axes: Axes, rows: Sequence[Row], colour: str) -> None:
+    found = [(row[scene.plot.x], scene.beside(row)) for row in rows]
+    points = [(at, height) for at, height in found if height is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, linestyle=(0, (4, 2)), linewidth=0.9)
 
 
 def _mark_stops(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]) -> None:

@@ -51,6 +51,11 @@ class Palette:
         return self._ranks[key].get(tuple(values), 0)
 
 
+def part_colour(number: int) -> str:
+    """Return the colour of one of several parts that a picture names itself."""
+    return _COLOURS[number % len(_COLOURS)]
+
+
 def _look(first: int, second: int) -> Look:
     # Past the last colour the dashes change, so that two series never look alike.
     dash = second + first // len(_COLOURS)

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from cs336_systems.report import text
 from cs336_systems.report.canvas import Canvas, drawing, scale_y
 from cs336_systems.report.frame import Row
-from cs336_systems.report.painters import BAND, PAINTERS, group_label, handle, stopped_handle
+from cs336_systems.report.painters import BAND, group_label, handle, stopped_handle
+from cs336_systems.report.painters_parallel import ALL_PAINTERS, beside_entry, part_entries
 from cs336_systems.report.palette import Palette
 from cs336_systems.report.scene import Scene, generic_plots, heading, label, set_scene
 from cs336_systems.report.spec import Plot
@@ -74,56 +76,81 @@ def _picture(scene: Scene, section: Section, palette: Palette) -> Picture:
 
 
 def _paint(scene: Scene, section: Section, palette: Palette) -> bytes:
-    canvas = _canvas(scene, section)
+    entries = _entries(scene, palette)
+    canvas = _canvas(scene, section, [name for name, _ in entries])
     for row, line in enumerate(canvas.axes):
         for column, axes in enumerate(line):
             _panel(scene, palette, axes, row, column)
-    if canvas.legend_labels:
-        handles = [handle(scene, palette, wanted) for wanted in scene.series if wanted]
-        if canvas.legend_labels[-1] == _STOPPED:
-            handles.append(stopped_handle(scene))
-        canvas.legend(handles)
+    if entries:
+        canvas.legend([artist for _, artist in entries])
     return canvas.png()
 
 
-def _canvas(scene: Scene, section: Section) -> Canvas:
+def _entries(scene: Scene, palette: Palette) -> list[tuple[str, Artist]]:
+    """Return the legend's entries."""
+    kind = scene.plot.kind
+    if kind == "spread":
+        return []  # Its x axis already names the series.
+    if kind in ("stack", "timeline"):
+        return [*part_entries(scene), *beside_entry(scene)]
+    entries = [(label(wanted), handle(scene, palette, wanted)) for wanted in scene.series if wanted]
+    if scene.stopped and kind in ("bars", "lines"):
+        entries.append((_STOPPED, stopped_handle(scene)))
+    return [*entries, *beside_entry(scene)]
+
+
+def _canvas(scene: Scene, section: Section, labels: Sequence[str]) -> Canvas:
     num_rows, num_columns = len(scene.down), len(scene.across)
-    wide = scene.plot.kind == "bars" and num_columns == 1
-    labels = [label(wanted) for wanted in scene.series if wanted]
-    if scene.stopped and scene.plot.kind in ("bars", "lines"):
-        labels.append(_STOPPED)
-    groups = values_of(scene.plot.x, scene.rows) if scene.plot.kind == "bars" else []
-    if scene.plot.kind == "spread":
-        # Its x axis already names the series.
-        labels = []
+    in_groups = scene.plot.kind in ("bars", "stack")
+    groups = values_of(scene.plot.x, scene.rows) if in_groups else []
     return Canvas(
         title=f"{scene.plot.title} on {section.hardware.label}",
         subtitle=", ".join(scene.said),
         stamp=section.brief_stamp,
         num_rows=num_rows,
         num_columns=num_columns,
-        panel_width=max(7.2, 0.95 * len(groups))
-        if wide
-        else {1: 5.2, 2: 3.6}.get(num_columns, 2.7),
-        panel_height=3.0 if num_rows == 1 else 2.1,
+        panel_width=_panel_width(scene, len(groups)),
+        panel_height=_panel_height(scene),
         tick_lines=max((group_label(group).count("\n") + 1 for group in groups), default=1),
-        legend_title=", ".join(text.header(param) for param in scene.plot.series) if labels else "",
+        legend_title=_legend_title(scene) if labels else "",
         legend_labels=labels,
     )
 
 
+def _panel_width(scene: Scene, num_groups: int) -> float:
+    num_columns = len(scene.across)
+    if num_columns == 1 and num_groups:
+        return max(7.2, 0.95 * num_groups)
+    if scene.plot.kind == "timeline":
+        return 8.0
+    return {1: 5.2, 2: 3.6}.get(num_columns, 2.7)
+
+
+def _panel_height(scene: Scene) -> float:
+    if scene.plot.kind == "timeline":
+        return max(1.2, 0.45 * len(scene.series))
+    return 3.0 if len(scene.down) == 1 else 2.1
+
+
+def _legend_title(scene: Scene) -> str:
+    if scene.plot.kind in ("stack", "timeline"):
+        return ""
+    return ", ".join(text.header(param) for param in scene.plot.series)
+
+
 def _panel(scene: Scene, palette: Palette, axes: Axes, row: int, column: int) -> None:
     rows = scene.panel(row, column)
-    PAINTERS[scene.plot.kind](scene, palette, axes, rows)
+    ALL_PAINTERS[scene.plot.kind](scene, palette, axes, rows)
     name = heading(
         (*scene.plot.rows, *scene.plot.columns), (*scene.down[row], *scene.across[column])
     )
     axes.set_title(name, fontsize=8.5, loc="left")
-    if column == 0:
+    if column == 0 and scene.plot.kind != "timeline":
         axes.set_ylabel(scene.y_label, fontsize=8)
     if row == len(scene.down) - 1:
+        unnamed = {"timeline": "time in the step (ms)", "stack": ""}
         named = scene.plot.x and text.header(scene.plot.x, axis=True)
-        axes.set_xlabel(named or "timed round", fontsize=8)
+        axes.set_xlabel(unnamed.get(scene.plot.kind, named or "timed round"), fontsize=8)
     # Panels that show different passes or head dims of one thing share their scale; rounds do not.
     own = scene.plot.kind in ("rounds", "spread")
     _scale(scene, axes, scene.heights(rows if own else scene.rows))

@@ -51,11 +51,19 @@ class Scene:
         value = row.get(self.plot.y)
         return None if value is None else value / self.y_size
 
+    def beside(self, row: Row) -> float | None:
+        """Return what is drawn beside that, None where there is nothing."""
+        value = None if self.plot.beside is None else row.get(self.plot.beside)
+        return None if value is None else value / self.y_size
+
     def heights(self, rows: Sequence[Row]) -> list[float]:
         """Return every value that the y axis must span for some rows."""
+        if self.plot.kind == "timeline":
+            return []
         if self.plot.kind == "rounds":
             return [value for row in rows for value in row["data_ms"] or ()]
         found = [height for height in map(self.height, rows) if height is not None]
+        found += [value for row in rows if (value := self.beside(row)) is not None]
         if self.plot.kind == "roofline":
             found += [roof.at(row["intensity"]) for row in rows if (roof := row["roof"])]
         if self.plot.kind == "spread":
@@ -181,7 +189,7 @@ def _varying(
     extra = tuple(further(kept(index), named, rows))
     if plot.kind == "roofline":
         extra = ()  # Its points are cases by themselves, and no line through them folds any.
-    in_panels = plot.kind in ("rounds", "spread")
+    in_panels = plot.kind in ("rounds", "spread", "stack")
     return replace(
         plot,
         series=kept(plot.series) + (() if in_panels else extra),

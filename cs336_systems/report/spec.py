@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["bars", "lines", "rounds", "spread", "roofline"]
+Kind = Literal["bars", "lines", "rounds", "spread", "roofline", "stack", "timeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,14 @@ class Pivot:
     value: str = "median_ms"
     where: Mapping[str, Any] = field(default_factory=dict)
     """Values that the cases it shows have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A table of chosen measures, a line for each case."""
+
+    title: str
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,10 @@ class Plot:
     log_x: bool = False
     log_y: bool | None = None
     """None: where the largest value is many times the smallest."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """The measures that a `stack` is made of, lowest first, and what the legend calls them."""
+    beside: str | None = None
+    """A measure to draw beside `y`, as a dashed line: what a model says."""
     line_at: float | None = None
     """A level to compare bars with, which then carry their values."""
 
@@ -80,6 +92,7 @@ class Study:
     title: str
     shows: str
     index: tuple[str, ...] = ()
+    listings: tuple[Listing, ...] = ()
     pivots: tuple[Pivot, ...] = ()
     versus: Versus | None = None
     plots: tuple[Plot, ...] | None = None

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cs336_systems.parallel import STRATEGIES
 from cs336_systems.report.frame import Row, param_column
 from cs336_systems.report.spec import Study
 from cs336_systems.report.studies_attention import ATTENTION_STUDIES
@@ -15,6 +16,7 @@ from cs336_systems.report.studies_parallel import PARALLEL_STUDIES
 
 # Values with an order of their own; others sort as numbers, then as words.
 _ORDER: dict[str, tuple[str, ...]] = {
+    "strategy": tuple(STRATEGIES),
     "size": ("tiny", "debug", "small", "medium", "large", "xl", "2.7b", "8b"),
     "precision": ("fp32", "tf32", "fp16", "bf16"),
     "dtype": ("fp32", "tf32", "fp16", "bf16"),

@@ -19,7 +19,7 @@ from cs336_systems.report.cells import (
 )
 from cs336_systems.report.frame import TIME_COLUMNS, Frame, Row
 from cs336_systems.report.source import Hardware, stamp
-from cs336_systems.report.spec import Pivot, Study
+from cs336_systems.report.spec import Listing, Pivot, Study
 from cs336_systems.report.studies import (
     combinations_of,
     further,
@@ -84,12 +84,13 @@ def _section(study: Study, hardware: Hardware, rows: Sequence[Row], name: str) -
     index = index_of(study, rows)
     rows = sorted(rows, key=lambda row: sort_key(index, [row.get(param) for param in index]))
     pivots = [table for pivot in study.pivots for table in _pivots(pivot, index, rows)]
+    lists = [table for listing in study.listings for table in _listing(listing, index, rows)]
     against = [] if study.versus is None else versus_tables(study.versus, index, rows)
     return Section(
         study=study,
         hardware=hardware,
         rows=rows,
-        tables=[*against, *pivots, all_cases(index, rows)],
+        tables=[*against, *lists, *pivots, all_cases(index, rows)],
         notes=[*_measured_notes(rows), *_outcome_notes(rows)],
         stamp=stamp((row["source"] for row in rows), hardware),
         brief_stamp=stamp((row["source"] for row in rows), hardware, brief=True),
@@ -99,14 +100,26 @@ def _section(study: Study, hardware: Hardware, rows: Sequence[Row], name: str) -
 
 def all_cases(index: Sequence[str], rows: Sequence[Row]) -> Table:
     """Return the table with a line per case and every column that holds something."""
-    columns = _columns(index, rows)
+    return _table("All cases", _columns(index, rows), rows)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
     renderers = {column: _renderer(column, rows) for column in columns}
     return Table(
-        title="All cases",
+        title=title,
         headers=[renderers[column][0] for column in columns],
         numeric=[_numeric(column, rows) for column in columns],
         rows=[[renderers[column][1](row) for column in columns] for row in rows],
     )
+
+
+def _listing(listing: Listing, index: Sequence[str], rows: Sequence[Row]) -> list[Table]:
+    """Return the table, or none where no case has any of its measures."""
+    filled = [name for name in listing.values if any(row.get(name) is not None for row in rows)]
+    if not filled:
+        return []
+    telling = [name for name in index if name == index[0] or len(values_of(name, rows)) > 1]
+    return [_table(listing.title, [*telling, *filled], rows)]
 
 
 def _columns(index: Sequence[str], rows: Sequence[Row]) -> list[str]:

@@ -42,6 +42,8 @@ _HEADERS = {
     "size": "model size",
     "warmup": "warm-up rounds asked for",
     "megabytes": "message (MB)",
+    "bucket_mb": "bucket (MiB)",
+    "communication": "gradients travel in",
 }
 _NAMES = {
     "before_backward_bytes": "memory before backward",
@@ -50,6 +52,17 @@ _NAMES = {
     "bus_gb_per_s": "bus bandwidth (GB/s)",
     "algorithm_gb_per_s": "algorithm bandwidth (GB/s)",
     "wire_bytes": "sent by a rank",
+    "exposed_ms": "added to a step (ms)",
+    "unhidden_ms": "communication not hidden (ms)",
+    "communication_ms": "communication (ms)",
+    "gather_wait_ms": "waiting for gathers (ms)",
+    "over_none": "time over none's (x)",
+    "over_peer": "time over torch's (x)",
+    "call_us": "all-reduce of no size (us)",
+    "link_gb_per_s": "large all-reduce (GB/s)",
+    "best_bucket_mb": "best bucket predicted (MiB)",
+    "predicted_exposed_ms": "added, predicted (ms)",
+    "predicted_held_bytes": "held after the step, predicted",
     "ratio": "ratio, ours to the other (x)",
 }
 _SHORT = {"d": "d", "seq": "seq", "context": "context", "size": "size", "warmup": "warm-up asked"}

@@ -1,0 +1,46 @@
+"""What a strategy's communication costs: its steps held against those of ranks that train alone,
+and against the row of torch's that does the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+_STUDIES = ("data_parallel", "data_parallel_buckets")
+_BASELINE = "none"
+_PEERS = {
+    "naive": "torch_ddp",
+    "flat": "torch_ddp",
+    "overlapped": "torch_ddp",
+    "flashddp": "torch_ddp",
+    "zero1": "torch_zero",
+    "fsdp": "torch_fsdp2",
+}
+
+
+def add_comparisons(rows: Sequence[Row]) -> None:
+    """Give each timed step the time that communication adds to it, and its ratios to others."""
+    timed = [row for row in rows if row["study"] in _STUDIES and row["median_ms"]]
+    by_setting = {_setting(row, row["case"].get("strategy"), _bucket(row)): row for row in timed}
+    for row in timed:
+        strategy = row["case"].get("strategy")
+        alone = by_setting.get(_setting(row, _BASELINE, None))
+        if alone is not None and strategy != _BASELINE:
+            row["metrics.exposed_ms"] = row["median_ms"] - alone["median_ms"]
+            row["metrics.over_none"] = row["median_ms"] / alone["median_ms"]
+        peer = by_setting.get(_setting(row, _PEERS.get(strategy), _bucket(row)))
+        if peer is not None:
+            row["metrics.over_peer"] = row["median_ms"] / peer["median_ms"]
+
+
+def _bucket(row: Row) -> Any:
+    return row["case"].get("bucket_mb")
+
+
+def _setting(row: Row, strategy: Any, bucket_mb: Any) -> tuple[Any, ...]:
+    """Return what identifies the step of a strategy in the same setting as a row's."""
+    case = {**row["case"], "strategy": strategy, "bucket_mb": bucket_mb}
+    return (row["hardware"].identity(), row["study"], json.dumps(case, sort_keys=True))
