@@ -159,8 +159,8 @@ _BUCKETS = Study(
     title="Bucket sizes",
     shows="Time that communication adds to a step, by the size of the buckets that gradients "
     "travel in, beside s / (n w) + n o for n buckets: s bytes of gradients, w the rate of a "
-    "large all-reduce and o the time of one without size, both timed on the same ranks. The model takes "
-    "computing a bucket to be as long as sending it, so it is no bound from below.",
+    "large all-reduce and o the time of one without size, both timed on the same ranks. The model "
+    "takes computing a bucket to be as long as sending it, so it is no bound from below.",
     index=("strategy", "bucket_mb", "ranks", *_SETTING),
     listings=(
         Listing(
