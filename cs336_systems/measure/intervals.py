@@ -16,7 +16,7 @@ def union(intervals: Iterable[Interval], *, gap: float = 0.0) -> list[Interval]:
     """
     merged: list[Interval] = []
     for begin, end in sorted(each for each in intervals if each[1] > each[0]):
-        if merged and begin <= merged[-1][1] + gap:
+        if merged and begin - merged[-1][1] <= gap:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((begin, end))

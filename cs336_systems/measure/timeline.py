@@ -71,7 +71,7 @@ def step_timeline(step: Callable[[], object], device: torch.device) -> Timeline 
     """
     on_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    with profile(activities=[activity], acc_events=True) as profiler:
         step()
         if on_gpu:
             torch.cuda._sleep(1)

@@ -29,6 +29,8 @@ class Listing:
 
     title: str
     values: tuple[str, ...]
+    unsaid: str = ""
+    """What their names begin with that the title says already."""
 
 
 @dataclass(frozen=True, kw_only=True)

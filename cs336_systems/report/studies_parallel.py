@@ -92,7 +92,7 @@ def _memory_listing(phase: str) -> Listing:
     names = (*_KINDS, "peak", "held")
     values = tuple(f"metrics.{phase}_{name}_bytes" for name in names)
     predicted = ("metrics.predicted_held_bytes",) if phase == "after_step" else ()
-    return Listing(title=f"Memory {_PHASES[phase]}", values=values + predicted)
+    return Listing(title=f"Memory {_PHASES[phase]}", values=values + predicted, unsaid=phase)
 
 
 _DATA_PARALLEL = Study(
@@ -138,8 +138,7 @@ _DATA_PARALLEL = Study(
             title="One step of rank 0",
             y="timeline",
             series=("strategy",),
-            rows=_SETTING,
-            per=("ranks",),
+            rows=("ranks", *_SETTING),
         ),
         Plot(
             what="scaling",
@@ -159,8 +158,8 @@ _BUCKETS = Study(
     title="Bucket sizes",
     shows="Time that communication adds to a step, by the size of the buckets that gradients "
     "travel in, beside s / (n w) + n o for n buckets: s bytes of gradients, w the rate of a "
-    "large all-reduce and o the time of one without size, both timed on the same ranks. The model "
-    "takes computing a bucket to be as long as sending it, so it is no bound from below.",
+    "large all-reduce and o the time of one without size, both timed on the same ranks. The "
+    "model takes a bucket to be computed in the time that it is sent in.",
     index=("strategy", "bucket_mb", "ranks", *_SETTING),
     listings=(
         Listing(

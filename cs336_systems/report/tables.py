@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cs336_systems.report import text
 from cs336_systems.report.cells import (
@@ -119,7 +119,9 @@ def _listing(listing: Listing, index: Sequence[str], rows: Sequence[Row]) -> lis
     if not filled:
         return []
     telling = [name for name in index if name == index[0] or len(values_of(name, rows)) > 1]
-    return [_table(listing.title, [*telling, *filled], rows)]
+    table = _table(listing.title, [*telling, *filled], rows)
+    said = listing.unsaid.replace("_", " ") + " "
+    return [replace(table, headers=[name.removeprefix(said) for name in table.headers])]
 
 
 def _columns(index: Sequence[str], rows: Sequence[Row]) -> list[str]:
