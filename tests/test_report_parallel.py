@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def test_steps_are_listed_with_what_they_cost(steps: Gallery) -> None:
 
 def test_stacks_are_parts_of_the_peak(steps: Gallery) -> None:
     canvas = steps.canvases["data_parallel_memory_after_step"]
-    two, four = canvas.axes[0]
+    (two,), (four,) = canvas.axes
     assert len(two.patches) == len(KINDS) * len(STRATEGIES)
     tops = {round(bar.get_y() + bar.get_height(), 6) for bar in two.patches}
     assert max(tops) == pytest.approx(8 + 8 + 16 + 0.5 + 10)
@@ -252,6 +253,8 @@ def test_stacks_are_parts_of_the_peak(steps: Gallery) -> None:
     (legend,) = canvas.figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown[-3:] == ["gradients", "parameters", "predicted"]
+    boxes = [label.get_window_extent() for label in four.get_xticklabels()]
+    assert not any(box.overlaps(after) for box, after in pairwise(boxes))
     assert len({tuple(bar.get_facecolor()) for bar in two.patches}) == len(KINDS)
 
 

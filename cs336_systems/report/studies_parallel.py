@@ -82,8 +82,7 @@ def _memory(phase: str, *, predicted: bool) -> Plot:
         y=f"metrics.{phase}_peak_bytes",
         parts={f"metrics.{phase}_{kind}_bytes": words for kind, words in _KINDS.items()},
         beside="metrics.predicted_held_bytes" if predicted else None,
-        rows=_SETTING,
-        columns=("ranks",),
+        rows=("ranks", *_SETTING),
         log_y=False,
     )
 
