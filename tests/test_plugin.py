@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+with contextlib.suppress(ImportError):
+    # What a run inside a test imports first is forgotten with it, which triton does not survive.
+    import triton  # noqa: F401
 import torch
 
 PLUGIN = ("-p", "cs336_systems.measure.pytest_plugin", "-p", "no:cacheprovider", "-p", "no:xdist")
