@@ -129,8 +129,15 @@ class _RankError(CheckpointError):
     """What some ranks could not do."""
 
     def __init__(self, what: str, errors: Mapping[int, str]) -> None:
-        each = "; ".join(f"rank {rank} could not {what}: {e}" for rank, e in errors.items())
-        super().__init__(f"checkpoint: {each}")
+        ranks_of: dict[str, list[int]] = {}
+        for rank, error in errors.items():
+            ranks_of.setdefault(error, []).append(rank)
+        each = [
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} "
+            f"could not {what}: {error}"
+            for error, ranks in ranks_of.items()
+        ]
+        super().__init__(f"checkpoint: {'; '.join(each)}")
 
 
 # --- saving ---

@@ -125,8 +125,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Read what belongs to a checkpoint, and check that there is no more and no less.
 
-    Raises: DamagedError; OSError when there is no manifest.
+    Raises: DamagedError; OSError when it cannot be read.
     """
+    if not (folder / MANIFEST).exists():
+        raise DamagedError(f"{MANIFEST} is missing")
     try:
         whole = json.loads((folder / MANIFEST).read_bytes())
         content = whole["content"]
