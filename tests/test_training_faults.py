@@ -61,5 +61,5 @@ def test_a_rank_with_more_steps_than_others_ends_too(ranks: RankPool, strategy: 
         ranks.run(training_ranks.train_uneven, strategy)
     assert time.monotonic() - begin < PROMPT_S
     assert "in train_uneven" in caught.value.traceback
-    assert "gloo" in str(caught.value)
+    assert any(words in str(caught.value) for words in ("gloo", "Application timeout"))
     assert [pid for pid in pids if is_running(pid)] == []
