@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cs336_systems.errors import UsageError
-from cs336_systems.train import tokens
-from cs336_systems.train.corpus import END_OF_TEXT, SPLITS, Piece, cut
+from cs336_systems.train import corpus, tokens
+from cs336_systems.train.corpus import END_OF_TEXT, SPLITS, Piece
 from cs336_systems.train.stories import stories
 from cs336_systems.train.tokenizer import BpeTokenizer, train
 from cs336_systems.train.tokens import (
@@ -105,20 +105,16 @@ def test_no_more_is_read_than_is_on_its_way() -> None:
     encoded.close()
 
 
-@given(words=st.lists(st.text("abé .,'1\n\t\u3000\x1c", min_size=1), min_size=1, max_size=30))
-def test_a_document_in_pieces_has_the_tokens_of_the_whole(words: list[str]) -> None:
-    text = " ".join(words)
-    with pytest.MonkeyPatch.context() as patch:
-        # Long enough for a place to cut: a cut without one may part a token.
-        patch.setattr("cs336_systems.train.corpus.PIECE_CHARS", max(map(len, words)) * 2 + 4)
-        parts = [part for part, _ in cut([text], END_OF_TEXT)]
-    whole = "".join(parts)
-    cuts = [part for part in parts[1:] if part]
-    if all(part[0] in " \n" for part in cuts) and not any(
-        part[-1].isspace() for part in parts[:-1]
-    ):
-        ids = [id_ for part in parts for id_ in tokenizer().encode(part)]
-        assert ids == tokenizer().encode(whole)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ab '\n\t.\x1c"))))
+@example(text="it's\x1c \u180e\n \u3000\n")
+def test_a_document_cut_before_a_space_has_the_tokens_of_the_whole(text: str) -> None:
+    # The last space is after a letter, so that there is always a place to cut.
+    text += "c d"
+    places = [match.start() for match in corpus._BREAK.finditer(text)]
+    assert places
+    for place in places:
+        parts = tokenizer().encode_batch([text[:place], text[place:]], special=False)
+        assert [*parts[0], *parts[1]] == tokenizer().encode(text, special=False)
 
 
 def test_a_boundary_inside_a_document_is_mere_text(tmp_path: Path) -> None:
