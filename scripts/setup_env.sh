@@ -128,17 +128,19 @@ write_stamp() {
 # --- installing ---
 
 # cs336-basics is installed as a package of its own, so that a replacement's dependencies come along.
+# uv compiles nothing unless told to: then every process compiles torch anew, for seconds each, where
+# the first one could not or was not allowed to write it down (PYTHONDONTWRITEBYTECODE).
 install_project() {
     set -- --editable "$PROJECT_ROOT${1:+[$1]}" --editable "$PROJECT_ROOT/cs336-basics"
     if command -v uv >/dev/null 2>&1; then
         echo "setup: installing with uv (several GB the first time)"
-        uv pip install --python "$PY" "$@" || die "setup: uv could not install the project, see above"
+        uv pip install --compile-bytecode --python "$PY" "$@" || die "setup: uv could not install the project, see above"
         return
     fi
     "$PY" -m pip --version >/dev/null 2>&1 || "$PY" -m ensurepip --default-pip >/dev/null
     if "$PY" -m pip install --quiet uv; then
         echo "setup: installing with uv in .venv (several GB the first time)"
-        if (uv_like_pip && "$VENV/bin/uv" pip install --python "$PY" "$@"); then
+        if (uv_like_pip && "$VENV/bin/uv" pip install --compile-bytecode --python "$PY" "$@"); then
             return
         fi
     fi

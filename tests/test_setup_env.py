@@ -101,7 +101,8 @@ def test_uv_from_pip_installs_with_the_settings_of_pip(sandbox: Sandbox) -> None
     done = sandbox.setup(FAKE_UV="1", FAKE_PIP_CONFIG=f":env:.index-url='mine'\n{settings}")
     assert done.returncode == 0, done.stderr
     python = f"{sandbox.root}/.venv/bin/python"
-    assert sandbox.calls()[-1] == ["uv", "pip", "install", "--python", python, *editable(sandbox)]
+    install = ["uv", "pip", "install", "--compile-bytecode", "--python", python]
+    assert sandbox.calls()[-1] == [*install, *editable(sandbox)]
     seen = json.loads(Path(f"{sandbox.calls_path}.uv").read_text())
     assert seen["UV_DEFAULT_INDEX"] == "mine"
     assert seen["UV_INDEX"].split() == ["a", "b"]
