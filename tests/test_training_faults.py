@@ -3,6 +3,7 @@ checkpoint, whatever the strategy."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ LIMIT_S = 6.0
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     """Two ranks of this module's own; the call after a fault starts those of the next test."""
-    with RankPool(2, timeout_s=LIMIT_S) as own:
+    with RankPool(2, timeout_s=LIMIT_S, on_start=training_ranks.prepare) as own:
         yield own
 
 
@@ -37,7 +38,7 @@ def ranks() -> Iterator[RankPool]:
 def test_a_rank_that_fails_in_the_backward_pass(
     ranks: RankPool, strategy: str, fault: str, tmp_path: Path
 ) -> None:
-    pids = ranks.run(training_ranks.prepare, strategy)
+    pids = ranks.run(os.getpid)
     begin = time.monotonic()
     if fault == "hangs":
         with pytest.raises(RankTimeoutError) as timeout:
@@ -52,14 +53,14 @@ def test_a_rank_that_fails_in_the_backward_pass(
     assert time.monotonic() - begin < PROMPT_S
     assert [pid for pid in pids if is_running(pid)] == []
 
-    assert set(ranks.run(training_ranks.prepare, strategy)).isdisjoint(pids)
+    assert set(ranks.run(os.getpid)).isdisjoint(pids)
     assert ranks.run(training_ranks.resumes_bitwise, strategy, str(tmp_path)) == [True, True]
 
 
 @pytest.mark.parametrize("strategy", ["flashddp", "fsdp"])
 def test_a_rank_with_more_steps_than_others_ends_too(ranks: RankPool, strategy: str) -> None:
     """It waits no longer than the group's limit, and what it waited for is in the trace."""
-    pids = ranks.run(training_ranks.prepare, strategy)
+    pids = ranks.run(os.getpid)
     begin = time.monotonic()
     with pytest.raises(RankFailedError, match="rank 0 of 2: ") as caught:
         ranks.run(training_ranks.train_uneven, strategy)

@@ -80,9 +80,17 @@ class RankPool:
 
     Arguments and results are copied; tensors arrive on the CPU. After a failure the next call
     starts with fresh ranks.
+    on_start: called on each rank as it starts, for what no call's limit is to be spent on: imports.
     """
 
-    def __init__(self, world_size: int, *, backend: str = "gloo", timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        backend: str = "gloo",
+        timeout_s: float = 60.0,
+        on_start: Callable[[], Any] | None = None,
+    ) -> None:
         if backend not in _BACKENDS:
             raise unknown("RankPool", "backend", _BACKENDS, backend)
         if world_size < 1:
@@ -95,6 +103,7 @@ class RankPool:
         self.world_size = world_size
         self.backend = backend
         self.timeout_s = timeout_s
+        self._on_start = os.getpid if on_start is None else on_start
         self._ranks: list[RankHandle] = []
         self._folder: str | None = None
 
@@ -139,8 +148,8 @@ class RankPool:
         except BaseException:
             self.close()
             raise
-        # A first empty call, so that no rank's time to join is spent on another one's imports.
-        self._exchange([_request(os.getpid, (), {})] * self.world_size, _START_LIMIT_S)
+        # A first call, so that no rank's time to join is spent on another one's imports.
+        self._exchange([_request(self._on_start, (), {})] * self.world_size, _START_LIMIT_S)
         init_method = (Path(self._folder) / "rendezvous").as_uri()
         joins = [
             _request(
