@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from warm_pytest import run_pytest
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run `pytest benchmarks/` as a user does, on the CPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks/",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
-    return subprocess.run(
-        [*command, "--device=cpu", *args],
-        cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    """Run `pytest benchmarks/` on the CPU."""
+    return run_pytest(
+        "benchmarks/", "-p", "no:xdist", "-p", "no:cacheprovider", "--device=cpu", *args
     )
 
 
