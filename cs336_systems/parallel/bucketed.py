@@ -10,16 +10,16 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import nn
 
 from cs336_systems.errors import bad
 from cs336_systems.parallel.bucket import Bucket, assign_buckets, padded_numel
 from cs336_systems.parallel.hooked import HookedDataParallel
+from cs336_systems.parallel.side_stream import SideStream
 
 _MIB = 2**20
 # A small first bucket is on its way soon, when there is nothing else to overlap with.
@@ -41,8 +41,7 @@ class FlashDDP(HookedDataParallel):
         if bucket_size_mb is not None and not bucket_size_mb > 0:
             raise bad(self.strategy, "bucket_size_mb", "be positive or None", bucket_size_mb)
         super().__init__(module, own_options={"bucket_size_mb": bucket_size_mb}, **options)
-        on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device, priority=-1) if on_gpu else None
+        self._side = SideStream(self._device)
 
     def _plan(self, order: Sequence[int]) -> list[list[int]]:
         # The old memory goes before the new one comes, but for gradients that still lie in it.
@@ -77,29 +76,18 @@ class FlashDDP(HookedDataParallel):
         bucket = self._buckets[unit]
         bucket.fill()
         self._watch([bucket.wire])
-        with self._communicating():
-            bucket.launch(self.group, self._average_op, async_op=self._stream is None)
-            if self._stream is not None:
+        with self._side.entered():
+            bucket.launch(self.group, self._average_op, async_op=not self._side.is_beside)
+            if self._side.is_beside:
                 bucket.complete(self._divisor)
 
     def _wait(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._side.join()
         for bucket in self._buckets:
-            if self._stream is None:
+            if not self._side.is_beside:
                 bucket.complete(self._divisor)
             bucket.fill_gaps()
 
-    def _communicating(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else _behind_the_current(self._stream)
-
     def _reporting(self) -> AbstractContextManager[Any]:
         # One stream for all collectives of a step, so that the device runs them in order as well.
-        return self._communicating()
-
-
-@contextmanager
-def _behind_the_current(stream: torch.cuda.Stream) -> Iterator[None]:
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
+        return self._side.entered()

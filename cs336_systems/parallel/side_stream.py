@@ -6,7 +6,8 @@ CPU they run on the backend's own threads, and what follows them runs when someb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,26 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether there is a stream, so that collectives need no handles to run beside others."""
+        return self._stream is not None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Queue what the block launches behind all that is queued so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let what the caller computes from here on come after all that was launched beside it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
     def launch(
         self,
         collective: Callable[[bool], dist.Work | None],
@@ -62,8 +83,7 @@ class SideStream:
                 after()
 
             return Ticket(wait)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with self.entered():
             before()
             collective(False)
             after()
