@@ -334,11 +334,14 @@ def test_misuse_is_explained(kind: str, name: str, words: str) -> None:
     [
         ("one_empty", "rank 1 was refused: ShardedOptimizer: params must hold a parameter"),
         ("one_hyperparameter", "rank 1 was refused: Invalid learning rate: -1.0"),
-        ("one_shape", "got 'group 0 parameter 1 (3,) float32 trainable on rank 0; "),
-        ("one_dtype", "group 0 parameter 0 (3,) float16 trainable on rank 1'"),
-        ("one_more", "got 'nothing on rank 0; group 0 parameter 1 (3,) float32 trainable"),
-        ("one_key", "momentum, name, nesterov, weight_decay on rank 1'"),
-        ("one_adds", "group 0 parameter 0 (4,) float32 trainable on rank 1'"),
+        ("one_shape", "got 'group 0 parameter 1 (3,) float32 trainable' on rank 0 and "),
+        ("one_dtype", "group 0 parameter 0 (3,) float16 trainable' on rank 1"),
+        (
+            "one_more",
+            "got 'nothing more' on rank 0 and 'group 0 parameter 1 (3,) float32 trainable'",
+        ),
+        ("one_key", "momentum, name, nesterov, weight_decay' on rank 1"),
+        ("one_adds", "group 0 parameter 0 (4,) float32 trainable' on rank 1"),
         ("one_loads", "rank 1 was refused: ShardedOptimizer: state_dict must have groups of"),
     ],
 )

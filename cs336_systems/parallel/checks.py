@@ -6,21 +6,15 @@ make them differ is compared once, when a module is wrapped.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336_systems.errors import UsageError, bad
-from cs336_systems.parallel.collectives import (
-    Group,
-    all_gather_into,
-    all_gather_object,
-    communication_device,
-)
+from cs336_systems.parallel.agreement import Difference, different
+from cs336_systems.parallel.collectives import Group
 
 _WHERE = "wrap"
 
@@ -55,9 +49,12 @@ def check_structure(
     Raises: UsageError with the same text on every rank.
     """
     problem = _problem(module, group)
-    lines = [] if problem else _describe(module, strategy, options)
-    if not _all_equal(lines, problem, group):
-        problem = _first_difference(all_gather_object((lines, problem), group))
+    reports = different([problem, *_describe(module, strategy, options, problem)], group)
+    for rank, (found, *_) in enumerate(reports or ()):
+        if found:
+            raise UsageError(f"{_WHERE}: {found} on rank {rank}")
+    if reports is not None:
+        raise bad(_WHERE, "module", "be the same on every rank", Difference(reports))
     if problem:
         raise UsageError(f"{_WHERE}: {problem}")
 
@@ -84,7 +81,12 @@ def _problem(module: nn.Module, group: Group) -> str:
     return ""
 
 
-def _describe(module: nn.Module, strategy: str, options: Mapping[str, object]) -> list[str]:
+def _describe(
+    module: nn.Module, strategy: str, options: Mapping[str, object], problem: str
+) -> list[str]:
+    """Return lines that are equal where nothing makes collectives differ; none of what is unfit."""
+    if problem:
+        return []
     lines = [f"strategy {strategy}"]
     lines += [f"option {name}={value}" for name, value in sorted(options.items())]
     first_names: dict[int, str] = {}
@@ -101,27 +103,3 @@ def _layout(tensor: Tensor) -> str:
     kind = "trainable" if tensor.requires_grad else "fixed"
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{tuple(tensor.shape)} strides {tensor.stride()} {dtype} {kind}"
-
-
-def _all_equal(lines: Sequence[str], problem: str, group: Group) -> bool:
-    text = "\n".join([problem, *lines])
-    digest = hashlib.sha256(text.encode()).digest()
-    mine = torch.tensor(list(digest), dtype=torch.uint8, device=communication_device(group))
-    every = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    all_gather_into(every, mine, group)
-    return bool((every.view(-1, mine.numel()) == mine).all())
-
-
-def _first_difference(descriptions: Sequence[tuple[Sequence[str], str]]) -> str:
-    for rank, (_, problem) in enumerate(descriptions):
-        if problem:
-            return f"{problem} on rank {rank}"
-    rows = zip_longest(*(lines for lines, _ in descriptions), fillvalue="nothing more")
-    row = next(row for row in rows if len(set(row)) > 1)
-    found = [f"{line!r} on {_ranks_with(row, line)}" for line in dict.fromkeys(row)]
-    return f"module must be the same on every rank, got {' and '.join(found)}"
-
-
-def _ranks_with(row: Sequence[str], line: str) -> str:
-    ranks = [str(rank) for rank, other in enumerate(row) if other == line]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
