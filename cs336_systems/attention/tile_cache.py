@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from cs336_systems.durable import replacing
 
 SCHEMA = 1
 """Of the file; entries of another are not read."""
@@ -50,22 +51,10 @@ def merge(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(UnreadableError):  # Its reader has warned; it is written anew.
             found = read(path)
         merged = {**found, **entries}
-        _replace(path, {"schema": SCHEMA, "tiles": merged})
+        content = {"schema": SCHEMA, "tiles": merged}
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=1, sort_keys=True).encode())
     return merged
-
-
-def _replace(path: Path, content: object) -> None:
-    """Write the file so that readers see the old one or the new one, whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from cs336_systems.durable import sync_folder
 from cs336_systems.errors import bad
 from cs336_systems.parallel.checkpoint_files import (
     DamagedError,
@@ -28,7 +29,6 @@ from cs336_systems.parallel.checkpoint_files import (
     read_manifest,
     read_state,
     replace_text,
-    sync_folder,
     write_durably,
     write_manifest,
 )

@@ -15,6 +15,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from cs336_systems.durable import commit
+
 MANIFEST = "manifest.json"
 _log = logging.getLogger(__name__)
 # What `torch.load(weights_only=True)` gives back as it was.
@@ -98,20 +100,10 @@ def _write(path: Path, fill: Callable[[HashedFile], object]) -> Record:
     return hashed.record
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def replace_text(path: Path, text: str, temporary: Path) -> None:
     """Make the file say `text`; whoever reads it meanwhile sees the old text or the new one."""
     write_durably(temporary, lambda file: file.write(text.encode()))
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    commit(temporary, path)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,13 +1,13 @@
-"""Files that are either the old one or the whole new one, whatever happens in between."""
+"""Files of training data, replaced whole; what the disk refuses is one line for the user."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from cs336_systems import durable
 from cs336_systems.errors import UsageError
 
 
@@ -17,28 +17,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises: UsageError when the disk refuses, with the system's reason.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w+b") as file:
+        with durable.replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        commit(part, path)
     except OSError as error:
         raise refused(path, error) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def commit(part: Path, path: Path) -> None:
-    """Rename the finished `part` to `path`, and make the rename itself survive a power cut."""
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def refused(path: Path, error: OSError) -> UsageError:

@@ -15,8 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cs336_systems.durable import commit
 from cs336_systems.errors import UsageError
-from cs336_systems.train.atomic import commit, refused
+from cs336_systems.train.atomic import refused
 
 CHUNK_BYTES = 1 << 20
 # Answers that a later try may change; any other 4xx is final.
