@@ -8,7 +8,7 @@ import fsdp_runs
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_models import FEATURES, OPTIMIZERS, Case, Trained, train_alone, train_on_rank
+from fsdp_models import FEATURES, OPTIMIZERS, Case, Trained, same_bits, train_alone, train_on_rank
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parallel_fixtures import BACKENDS, ON_RANKS
@@ -71,10 +71,6 @@ def largest_error(got: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     differences = [got[name].double() - truth[name].double() for name in truth]
     assert all(got[name].shape == truth[name].shape for name in truth)
     return max((d.abs().max().item() for d in differences), default=0.0) / scale
-
-
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def optimizer_tensors(trained: Trained) -> dict[str, Tensor]:

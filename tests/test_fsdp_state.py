@@ -10,7 +10,7 @@ import fsdp_runs
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from fsdp_models import OPTIMIZERS, Case, initial_net, start, train_step
+from fsdp_models import OPTIMIZERS, Case, initial_net, same_bits, start, train_step
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parallel_fixtures import ON_RANKS
@@ -21,12 +21,6 @@ from cs336_systems.parallel.fsdp_state import rectangles
 
 pytestmark = ON_RANKS
 FULL = frozenset({"bias", "tied", "outside", "frozen_some", "lone_norm"})
-
-
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
-    )
 
 
 def full_state(case: Case) -> dict[str, Tensor]:

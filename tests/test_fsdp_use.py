@@ -6,16 +6,11 @@ import fsdp_modules
 import fsdp_runs
 import pytest
 import torch
-from fsdp_models import Case, train_on_rank
+from fsdp_models import Case, same_bits, train_on_rank
 from parallel_fixtures import ON_RANKS
 from ranks import pool
-from torch import Tensor
 
 pytestmark = ON_RANKS
-
-
-def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
