@@ -18,8 +18,8 @@ from cs336_systems.parallel.collectives import communication_device, record_coll
 from cs336_systems.parallel.report import NonFiniteGradientError
 
 
-def loss_on_rank(model: Callable[..., Tensor], case: Case, step: int = 0) -> Tensor:
-    tokens, use = batch(case, step, 0, dist.get_rank())
+def loss_on_rank(model: Callable[..., Tensor], case: Case, step: int = 0, micro: int = 0) -> Tensor:
+    tokens, use = batch(case, step, micro, dist.get_rank())
     return loss_of(model, case, tokens.to(communication_device()), use)
 
 
@@ -109,7 +109,8 @@ def _infer(model: nn.Module, case: Case) -> None:
 
 
 def _call_a_part(model: nn.Module, case: Case) -> None:
-    x = torch.ones(2, case.width, dtype=case.dtype, requires_grad=True)
+    device = communication_device()
+    x = torch.ones(2, case.width, dtype=case.dtype, device=device, requires_grad=True)
     before = [p.grad for p in model.parameters()]
     (gradient,) = torch.autograd.grad(model.module.blocks[0](x)["x"].sum(), x)
     assert gradient.shape == x.shape
@@ -186,8 +187,7 @@ def accumulate_in_shards(case: Case) -> tuple[Trained, int]:
         for step in range(case.num_steps):
             optimizer.zero_grad()
             for micro in range(case.num_micro_batches):
-                tokens, use = batch(case, step, micro, dist.get_rank())
-                loss_of(model, case, tokens, use).backward()
+                loss_on_rank(model, case, step, micro).backward()
             model.finish_gradient_synchronization()
             norms.append(model.clip_grad_norm(1e9).item())
             optimizer.step()

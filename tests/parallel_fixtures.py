@@ -8,7 +8,8 @@ from parallel_models import FEATURES, Case
 
 from cs336_systems.parallel import STRATEGIES
 
-BACKENDS = ("gloo", pytest.param("nccl", marks=pytest.mark.multigpu(2)))
+TWO_GPUS = pytest.mark.multigpu(2)
+BACKENDS = ("gloo", pytest.param("nccl", marks=TWO_GPUS))
 AVERAGING = ("naive", "flat", "overlapped", "flashddp")
 ON_RANKS = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
 

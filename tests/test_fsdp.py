@@ -11,12 +11,13 @@ import torch.distributed as dist
 from fsdp_models import FEATURES, OPTIMIZERS, Case, Trained, same_bits, train_alone, train_on_rank
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from parallel_fixtures import BACKENDS, ON_RANKS
+from parallel_fixtures import BACKENDS, ON_RANKS, TWO_GPUS
 from ranks import pool
 from torch import Tensor, nn
 
 from cs336_systems.parallel import wrap
 from cs336_systems.parallel.base import DataParallel
+from cs336_systems.parallel.collectives import communication_device
 
 pytestmark = ON_RANKS
 # Four steps of a few hundred operations each, amplified by norms of few numbers and by what AdamW
@@ -118,10 +119,11 @@ def test_training_equals_one_process(backend: str, world_size: int, case: Case) 
     check_training(world_size, case, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_each_feature_alone(feature: str) -> None:
+def test_each_feature_alone(feature: str, backend: str) -> None:
     case = Case(features=frozen(feature), optimizer="adamw", dtype=torch.float64)
-    check_training(2, replace(case, num_micro_batches=2))
+    check_training(2, replace(case, num_micro_batches=2), backend)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -156,41 +158,52 @@ def exact_steps(net: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def exact_on_rank(tokens: Tensor) -> dict[str, Tensor]:
-    part = tokens.chunk(dist.get_world_size())[dist.get_rank()]
-    return exact_steps(wrap(exact_net(torch.float32), "fsdp"), part)
+    device = communication_device()
+    part = tokens.chunk(dist.get_world_size())[dist.get_rank()].to(device)
+    return exact_steps(wrap(exact_net(torch.float32).to(device), "fsdp"), part)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_sgd_has_the_bits_of_the_whole_batch_where_nothing_is_rounded(world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "backend"), [(2, "gloo"), (4, "gloo"), pytest.param(2, "nccl", marks=TWO_GPUS)]
+)
+def test_sgd_has_the_bits_of_the_whole_batch_where_nothing_is_rounded(
+    world_size: int, backend: str
+) -> None:
     tokens = torch.arange(8).reshape(8, 1) % 5
     alone = exact_steps(exact_net(torch.float32), tokens)
     truth = exact_steps(exact_net(torch.float64), tokens)
     assert same_bits({name: value.double() for name, value in alone.items()}, truth)
-    for state in pool(world_size).run(exact_on_rank, tokens):
+    for state in pool(world_size, backend).run(exact_on_rank, tokens):
         assert same_bits(state, alone)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("features", [(), ("bias", "two_forwards"), ("frozen_all",)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_errs_no_more_than_fully_shard(features: tuple[str, ...], optimizer: str) -> None:
+def test_errs_no_more_than_fully_shard(
+    features: tuple[str, ...], optimizer: str, backend: str
+) -> None:
     case = Case(features=frozen(*features), optimizer=optimizer, num_micro_batches=2)
     truth = train_alone(case, 2, dtype=torch.float64).state
     ours, torchs = (
-        largest_error(pool(2).run(train_on_rank, case, strategy)[0].state, truth)
+        largest_error(pool(2, backend).run(train_on_rank, case, strategy)[0].state, truth)
         for strategy in ("fsdp", "torch_fsdp2")
     )
     assert ours <= 2 * torchs + torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("fp32_wire", [False, True])
-def test_low_precision_errs_no_more_than_fully_shard(dtype: torch.dtype, fp32_wire: bool) -> None:
+def test_low_precision_errs_no_more_than_fully_shard(
+    dtype: torch.dtype, fp32_wire: bool, backend: str
+) -> None:
     wire = torch.float32 if fp32_wire else None
     options = {"compute_dtype": dtype, "communication_dtype": wire}
     case = Case(width=8, hidden=16, options=options, num_samples=4)
     truth = train_alone(case, 2, dtype=torch.float64).state
     ours, torchs = (
-        largest_error(pool(2).run(train_on_rank, case, strategy)[0].state, truth)
+        largest_error(pool(2, backend).run(train_on_rank, case, strategy)[0].state, truth)
         for strategy in ("fsdp", "torch_fsdp2")
     )
     assert 0 < ours <= 2 * torchs + torch.finfo(dtype).eps * 2**-7
@@ -224,10 +237,11 @@ def test_gradients_fit_their_pieces(world_size: int, dtype: torch.dtype | None) 
     assert sum(found["numel"] for found in by_rank) == sum(p.numel() for p in weights)
 
 
-def test_gradients_can_add_up_in_shards() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_can_add_up_in_shards(backend: str) -> None:
     case = Case(num_micro_batches=3, dtype=torch.float64)
     truth = train_alone(case, 2).state
-    for trained, num_reduced in pool(2).run(fsdp_runs.accumulate_in_shards, case):
+    for trained, num_reduced in pool(2, backend).run(fsdp_runs.accumulate_in_shards, case):
         assert largest_error(trained.state, truth) <= NUM_ROUNDINGS * 2.0**-52
         num_units = case.depth + 2
         assert num_reduced == num_units * case.num_micro_batches * case.num_steps

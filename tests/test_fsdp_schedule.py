@@ -8,7 +8,7 @@ import torch
 from fsdp_models import Case, initial_net
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from parallel_fixtures import ON_RANKS
+from parallel_fixtures import BACKENDS, ON_RANKS
 from ranks import pool
 from torch import nn
 
@@ -58,38 +58,45 @@ def test_collectives_run_ahead_and_once(world_size: int) -> None:
     assert sorted(named_units(first, sizes)) == sorted(without_numbers(AHEAD))
 
 
-def test_no_reshard_gathers_once() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_reshard_gathers_once(backend: str) -> None:
     case = Case(options={"reshard_after_forward": False})
-    log = pool(2).run(fsdp_runs.log_of_steps, case)[0][-1]
+    log = pool(2, backend).run(fsdp_runs.log_of_steps, case)[0][-1]
     assert [what for what, _, _ in log].count(GATHER) == 5
     assert [what for what, _, _ in log].count(REDUCE) == 5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wire", [None, torch.float32])
-def test_weights_and_gradients_travel_in_low_precision(wire: torch.dtype | None) -> None:
+def test_weights_and_gradients_travel_in_low_precision(
+    wire: torch.dtype | None, backend: str
+) -> None:
     options = {"compute_dtype": torch.bfloat16, "communication_dtype": wire}
-    log = pool(2).run(fsdp_runs.log_of_steps, Case(options=options))[0][-1]
+    log = pool(2, backend).run(fsdp_runs.log_of_steps, Case(options=options))[0][-1]
     assert {dtype for what, _, dtype in log if what == GATHER} == {"bfloat16"}
     reduced = {dtype for what, _, dtype in log if what == REDUCE}
     assert reduced == {"float32" if wire else "bfloat16"}
 
 
-def test_accumulation_reduces_once() -> None:
-    log = pool(2).run(fsdp_runs.log_of_steps, Case(num_micro_batches=3))[0][-1]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulation_reduces_once(backend: str) -> None:
+    log = pool(2, backend).run(fsdp_runs.log_of_steps, Case(num_micro_batches=3))[0][-1]
     assert [what for what, _, _ in log].count(REDUCE) == 5
     assert [what for what, _, _ in log].count(GATHER) == 3 * 8
 
 
-def test_frozen_weights_are_gathered_but_not_reduced() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_weights_are_gathered_but_not_reduced(backend: str) -> None:
     case = Case(features=frozenset({"frozen_all"}))
-    log = pool(2).run(fsdp_runs.log_of_steps, case)[0][-1]
+    log = pool(2, backend).run(fsdp_runs.log_of_steps, case)[0][-1]
     assert [what for what, _, _ in log].count(REDUCE) == 4
     assert [what for what, _, _ in log].count(GATHER) == 8
 
 
-def test_frozen_weights_stay_until_the_gradient_has_passed_them() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_weights_stay_until_the_gradient_has_passed_them(backend: str) -> None:
     case = Case(features=frozenset({"frozen_some"}))
-    log = pool(2).run(fsdp_runs.log_of_steps, case)[0][-1]
+    log = pool(2, backend).run(fsdp_runs.log_of_steps, case)[0][-1]
     # A block has a vector of frozen weights and one of trained ones.
     assert [what for what, _, _ in log].count(GATHER) == 1 + 2 * 3 + 1 + 2 * 3
     assert [what for what, _, _ in log].count(REDUCE) == 5
@@ -102,10 +109,11 @@ def test_ranks_that_use_different_weights_run_the_same_collectives(feature: str)
     assert by_rank[0] == by_rank[1] == by_rank[2]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("features", [(), ("checkpointed",), ("tied",), ("frozen_some",)])
 def test_gathered_memory_is_bounded_and_given_back(
-    features: tuple[str, ...], reshard: bool
+    features: tuple[str, ...], reshard: bool, backend: str
 ) -> None:
     case = Case(
         depth=6,
@@ -113,7 +121,7 @@ def test_gathered_memory_is_bounded_and_given_back(
         features=frozenset(features),
         options={"reshard_after_forward": reshard, "compute_dtype": torch.float16},
     )
-    sizes, peaks, rests = pool(2).run(fsdp_runs.gathered_bytes, case)[0]
+    sizes, peaks, rests = pool(2, backend).run(fsdp_runs.gathered_bytes, case)[0]
     assert rests == [0, 0, 0]
     if reshard:
         # The one in use, two ahead, and the last of the forward pass.

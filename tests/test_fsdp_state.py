@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from fsdp_models import OPTIMIZERS, Case, initial_net, same_bits, start, train_step
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from parallel_fixtures import ON_RANKS
+from parallel_fixtures import BACKENDS, ON_RANKS
 from ranks import pool
 from torch import Tensor
 
@@ -99,12 +99,13 @@ def test_whole_states_move_between_world_sizes(world_size: int, optimizer: str) 
         assert loaded[1]["param_groups"] == optimizer_states["param_groups"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optimizer", ["momentum", "basics_adamw"])
-def test_training_goes_on_bit_for_bit(optimizer: str) -> None:
+def test_training_goes_on_bit_for_bit(optimizer: str, backend: str) -> None:
     case = Case(features=FULL, optimizer=optimizer)
-    states = pool(2).run(train_and_save, case, None)[0]
-    wanted = pool(2).run(fsdp_runs.train_steps, case, 3)[0]
-    for _, state in pool(2).run(load_and_train, case, *states):
+    states = pool(2, backend).run(train_and_save, case, None)[0]
+    wanted = pool(2, backend).run(fsdp_runs.train_steps, case, 3)[0]
+    for _, state in pool(2, backend).run(load_and_train, case, *states):
         assert same_bits(state, wanted)
 
 

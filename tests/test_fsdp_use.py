@@ -7,7 +7,7 @@ import fsdp_runs
 import pytest
 import torch
 from fsdp_models import Case, same_bits, train_on_rank
-from parallel_fixtures import ON_RANKS
+from parallel_fixtures import BACKENDS, ON_RANKS
 from ranks import pool
 
 pytestmark = ON_RANKS
@@ -45,13 +45,16 @@ def test_as_many_blocks_as_asked_are_recomputed(how_many: bool | int, expected: 
     assert pool(1).run(fsdp_modules.num_recomputed, how_many) == [expected]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interlude", fsdp_runs.INTERLUDES)
 @pytest.mark.parametrize("reshard", [True, False])
-def test_other_calls_between_forward_backward_and_step(interlude: str, reshard: bool) -> None:
+def test_other_calls_between_forward_backward_and_step(
+    interlude: str, reshard: bool, backend: str
+) -> None:
     case = Case(options={"reshard_after_forward": reshard})
-    plain = pool(2).run(train_on_rank, case)
+    plain = pool(2, backend).run(train_on_rank, case)
     for got, wanted in zip(
-        pool(2).run(fsdp_runs.step_with_interludes, case, interlude), plain, strict=True
+        pool(2, backend).run(fsdp_runs.step_with_interludes, case, interlude), plain, strict=True
     ):
         assert same_bits(got.state, wanted.state)
         assert got.norms == wanted.norms
@@ -75,9 +78,10 @@ def test_a_layer_sees_its_weights_as_they_are_now() -> None:
         assert torch.equal(said, wanted)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropped", ["unfinished", "accumulated"])
-def test_zero_grad_takes_back_unfinished_gradients(dropped: str) -> None:
-    for with_drop, without in pool(2).run(fsdp_runs.drop_gradients, Case(), dropped):
+def test_zero_grad_takes_back_unfinished_gradients(dropped: str, backend: str) -> None:
+    for with_drop, without in pool(2, backend).run(fsdp_runs.drop_gradients, Case(), dropped):
         assert same_bits(with_drop.state, without.state)
 
 
@@ -121,6 +125,7 @@ MESSAGES = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", fsdp_runs.MISTAKES)
-def test_mistakes_are_the_same_error_on_every_rank(name: str) -> None:
-    assert pool(2).run(fsdp_runs.message_of, name, Case(depth=2)) == [MESSAGES[name]] * 2
+def test_mistakes_are_the_same_error_on_every_rank(name: str, backend: str) -> None:
+    assert pool(2, backend).run(fsdp_runs.message_of, name, Case(depth=2)) == [MESSAGES[name]] * 2
