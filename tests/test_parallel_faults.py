@@ -90,8 +90,8 @@ UNFIT = {
     "torch integers": "torch_ddp: communication_dtype must be torch.bfloat16, torch.float16 or "
     "None, got torch.float64",
     "torch finite": "torch_ddp: check_finite must be off, torch has no such check",
-    "option": "wrap flashddp: option must be one of bucket_size_mb, group, communication_dtype, "
-    "find_unused, check_finite, broadcast_buffers, got 'bucket_mb'",
+    "option": "wrap flashddp: option must be one of bucket_size_mb, copy_beside, group, "
+    "communication_dtype, find_unused, check_finite, broadcast_buffers, got 'bucket_mb'",
 }
 
 

@@ -170,16 +170,18 @@ def test_gradients_gather_until_they_are_copied_together(
     monkeypatch.setattr("cs336_systems.parallel.bucket._PENDING_BYTES", 40)
     parameters = [nn.Parameter(torch.rand(5)) for _ in range(5)]
     bucket = Bucket(parameters, communication_dtype)
-    copies = []
+    copies, copied = [], []
     copy = torch._foreach_copy_
     monkeypatch.setattr(
         torch, "_foreach_copy_", lambda to, source: (copies.append(len(to)), copy(to, source))
     )
     for slot, parameter in enumerate(parameters):
         parameter.grad = torch.full((5,), 1.0 + slot)
-        bucket.collect(slot)
-    bucket.fill()
+        if bucket.collect(slot):
+            copied += bucket.drain()
+    copied += bucket.fill()
     assert copies == [2, 2, 1]
+    assert [int(source[0]) for source in copied] == [1, 2, 3, 4, 5]
     bucket.complete(1)
     assert [parameter.grad.tolist() for parameter in parameters] == [
         [1.0 + slot] * 5 for slot in range(5)

@@ -56,17 +56,20 @@ class Bucket:
             view.copy_(check_strided(parameter.grad))
             parameter.grad = view
 
-    def collect(self, slot: int) -> None:
-        """Note that a gradient is there to be reduced; gathered ones are copied in together."""
+    def collect(self, slot: int) -> bool:
+        """Note that a gradient is there to be reduced; tells whether enough are to be drained."""
         self._pending.append(slot)
         self._pending_bytes += self.views[slot].nbytes
-        if self._pending_bytes >= _PENDING_BYTES:
-            self._copy_in(self._pending)
-            self._pending, self._pending_bytes = [], 0
+        return self._pending_bytes >= _PENDING_BYTES
 
-    def fill(self) -> None:
-        """Have all that is to travel in `wire`, zeros for missing gradients."""
-        self._copy_in(range(len(self.parameters)))
+    def drain(self) -> list[Tensor]:
+        """Copy collected gradients in, together; returns what is nobody's gradient any more."""
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        return self._copy_in(pending)
+
+    def fill(self) -> list[Tensor]:
+        """Have all that is to travel in `wire`, zeros for missing gradients; returns as `drain`."""
+        return self._copy_in(range(len(self.parameters)))
 
     def launch(self, group: Group, average_op: Any, *, async_op: bool) -> None:
         """Start to reduce the bucket."""
@@ -94,7 +97,7 @@ class Bucket:
         self._pending, self._pending_bytes = [], 0
         self._in_wire = set()
 
-    def _copy_in(self, slots: Iterable[int]) -> None:
+    def _copy_in(self, slots: Iterable[int]) -> list[Tensor]:
         """Copy gradients to where they travel, with one kernel, and make them views."""
         sources, targets, gaps = [], [], []
         for slot in slots:
@@ -112,6 +115,7 @@ class Bucket:
             torch._foreach_zero_(gaps)
         if sources:
             torch._foreach_copy_(targets, sources)
+        return sources
 
     def _views_of(self, memory: Tensor) -> list[Tensor]:
         pairs = zip(self.parameters, self._offsets, strict=False)

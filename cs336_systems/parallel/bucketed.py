@@ -10,11 +10,11 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cs336_systems.errors import bad
 from cs336_systems.parallel.bucket import Bucket, assign_buckets, padded_numel
@@ -30,18 +30,28 @@ class FlashDDP(HookedDataParallel):
     """Reduce gradients in buckets, in which they live.
 
     bucket_size_mb: the most a bucket holds, in MiB; None is one bucket for each dtype.
-    Cost: no memory beside the gradients; with communication_dtype, a copy in that dtype.
+    copy_beside: on a GPU, gradients are copied into buckets beside the backward pass, which waits
+        for arithmetic more than for memory; not with check_finite.
+    Cost: no memory beside the gradients; with communication_dtype, a copy in that dtype; with
+        copy_beside, two buckets' gradients.
     """
 
     strategy = "flashddp"
 
     def __init__(
-        self, module: nn.Module, *, bucket_size_mb: float | None = 25, **options: Any
+        self,
+        module: nn.Module,
+        *,
+        bucket_size_mb: float | None = 25,
+        copy_beside: bool = True,
+        **options: Any,
     ) -> None:
         if bucket_size_mb is not None and not bucket_size_mb > 0:
             raise bad(self.strategy, "bucket_size_mb", "be positive or None", bucket_size_mb)
-        super().__init__(module, own_options={"bucket_size_mb": bucket_size_mb}, **options)
-        self._side = SideStream(self._device)
+        own_options = {"bucket_size_mb": bucket_size_mb, "copy_beside": copy_beside}
+        super().__init__(module, own_options=own_options, **options)
+        self._side, self._copying = SideStream(self._device), SideStream(self._device)
+        self._copies_beside = copy_beside and self._side.is_beside and not self.check_finite
 
     def _plan(self, order: Sequence[int]) -> list[list[int]]:
         # The old memory goes before the new one comes, but for gradients that still lie in it.
@@ -70,19 +80,30 @@ class FlashDDP(HookedDataParallel):
 
     def _collect(self, index: int) -> None:
         bucket, slot = self._place[index]
-        bucket.collect(slot)
+        if bucket.collect(slot):
+            self._copy(bucket.drain)
 
     def _launch(self, unit: int) -> None:
         bucket = self._buckets[unit]
-        bucket.fill()
-        self._watch([bucket.wire])
-        with self._side.entered():
+        self._copy(bucket.fill)
+        if not self._copies_beside:
+            self._watch([bucket.wire])
+        with self._copying.entered(), self._side.entered():
             bucket.launch(self.group, self._average_op, async_op=not self._side.is_beside)
             if self._side.is_beside:
                 bucket.complete(self._divisor)
 
+    def _copy(self, copy: Callable[[], list[Tensor]]) -> None:
+        if not self._copies_beside:
+            copy()
+            return
+        # On a third stream, so that no copy queues behind the collectives of the buckets before.
+        with self._copying.entered():
+            self._copying.hold(copy())
+
     def _wait(self) -> None:
         self._side.join()
+        self._copying.join()
         for bucket in self._buckets:
             if not self._side.is_beside:
                 bucket.complete(self._divisor)

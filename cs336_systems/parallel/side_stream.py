@@ -6,11 +6,13 @@ CPU they run on the backend's own threads, and what follows them runs when someb
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def _nothing() -> None:
@@ -44,6 +46,7 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     @property
     def is_beside(self) -> bool:
@@ -56,14 +59,29 @@ class SideStream:
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._computing = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(self._computing)
         with torch.cuda.stream(self._stream):
             yield
+
+    def hold(self, tensors: list[Tensor]) -> None:
+        """Within `entered`, keep tensors of the stream that computes until what was launched so far
+        has read them.
+
+        Those of two calls are kept at most: before older ones' memory goes back to that stream, it
+        waits for what has long happened.
+        """
+        assert self._stream is not None
+        self._held.append((self._stream.record_event(), tensors))
+        if len(self._held) > 2:
+            done, _ = self._held.popleft()
+            self._computing.wait_event(done)
 
     def join(self) -> None:
         """Let what the caller computes from here on come after all that was launched beside it."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._held.clear()
 
     def launch(
         self,
