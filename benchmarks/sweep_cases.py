@@ -34,9 +34,14 @@ class Pair(NamedTuple):
 
     @property
     def ratio(self) -> str:
-        """`square`, or queries to keys in lowest terms."""
+        """How many times longer one side is, in words."""
         common = gcd(*self)
-        return "square" if self.queries == self.keys else f"{self[0] // common}:{self[1] // common}"
+        queries, keys = self.queries // common, self.keys // common
+        if queries == keys:
+            return "N_q = N_k"
+        if keys == 1:
+            return f"N_q = {queries} N_k"
+        return f"N_k = {keys} N_q" if queries == 1 else f"N_q : N_k = {queries} : {keys}"
 
     @classmethod
     def parse(cls, word: str) -> Pair:

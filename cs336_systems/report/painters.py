@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from cs336_systems.report import text
 from cs336_systems.report.canvas import log_ticks_at
 from cs336_systems.report.frame import Row
+from cs336_systems.report.guides import paint_guides
 from cs336_systems.report.palette import Look, Palette
 from cs336_systems.report.scene import Scene, Values, values
 from cs336_systems.report.source import Roof
@@ -130,6 +131,7 @@ def _paint_lines(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]
             **_stroke(position, len(scene.series)),
         )
         _paint_beside(scene, axes, own, style.colour)
+    paint_guides(scene, axes, rows)
     if scene.stopped:
         _mark_stops(scene, palette, axes, rows)
     swept = values_of(x, scene.rows)
