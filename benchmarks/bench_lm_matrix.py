@@ -80,7 +80,7 @@ def bench_lm_matrix(
             replay_seconds=slowest([result.seconds for result in results]),
             metrics=lambda: run_metrics(matrix, case, results),
             count=lambda: counts(case, results),
-            facts={"data": matrix.said(case)},
+            facts={"setting": matrix.said(case)},
         )
 
     gpu_benchmark(record, build=build)

@@ -73,14 +73,17 @@ class Matrix:
         return -(-self.epoch_steps // case.ranks)
 
     def said(self, case: TrainingCase) -> str:
-        """Return in words what is trained on and what an epoch is."""
+        """Return in words what is trained, on what, and what an epoch is."""
+        model = self.model
         source = "random tokens"
         if self.data.train_path is not None:
             source = f"{Path(self.data.train_path).name} ({self.num_tokens:,} tokens)"
         tokens = self.epoch_steps * case.batch * case.context
         return (
-            f"{source}; an epoch is {tokens:,} tokens, {self.epoch_steps} steps of one rank; "
-            f"{self.epochs} timed"
+            f"Model: {model.num_layers} layers, {model.num_heads} heads, d_model {model.d_model}, "
+            f"d_ff {model.d_ff}, vocabulary {model.vocab_size:,}, context {case.context}, "
+            f"{case.batch} sequences a rank, {case.precision}. Data: {source}; an epoch is "
+            f"{tokens:,} tokens, {self.epoch_steps} steps of one rank; {self.epochs} timed"
         )
 
 

@@ -42,8 +42,8 @@ _NUMBERS = {
 
 _EPILOG = f"""\
 Tiers: {", ".join(f"{name} {length}" for name, length in TIERS.items())}; every length of queries
-meets every length of keys. On CUDA devices the default is batch 4, 16 heads and bf16, 10 timed
-calls each; on a CPU batch 1, 4 heads and fp32, 5 calls.
+meets every length of keys. On CUDA devices the default is batch 4, 16 heads and bf16, on a CPU
+batch 1, 4 heads and fp32.
 
 Written to --output_dir: attention_sweep_results.csv, attention_sweep_forward.png,
 attention_sweep_heatmap.png, attention_sweep_scaling.png, attention_sweep_report.md, and what was
@@ -80,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=whole(1), help="batch of q, k and v")
     made.add_argument("--num_heads", type=whole(1), help="heads of q, k and v")
     made.add_argument("--causal", action="store_true", help="query i sees keys j <= i alone")
-    made.add_argument("--warmup", type=whole(0), help="untimed calls of each case")
-    made.add_argument("--iters", type=whole(1), help="timed calls of each case")
+    made.add_argument("--warmup", type=whole(0), default=5, help="untimed calls of each case")
+    made.add_argument("--iters", type=whole(1), default=20, help="timed calls of each case")
     add_common(made)
     return made
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs336_systems.errors import UsageError, bad
+from cs336_systems.errors import UsageError
 from cs336_systems.measure.journal import finished_cases
 from cs336_systems.report.experiment import write_experiment
 
@@ -45,15 +45,17 @@ class Experiment:
         """
         measurements = Measurements(self, machine)
         measurements.begin()
-        done = [str(path) for path in measurements.parts() if path.suffix == ".jsonl"]
-        done += [str(path) for path in measurements.parts() if path.suffix == ".json"]
+        done = [str(path) for path in measurements.parts()]
         if done:
             print(f"{self.study}: continues a run that was cut short", flush=True)
         status = _pytest(self, measurements.json_path, done)
         if status not in _ENDED:
             return 2 if status == _USAGE else status
-        written = write_experiment(measurements.files(), self.study, self.output_dir)
         measurements.end()
+        if not (files := measurements.files()):
+            print(f"{self.study}: no case was measured", file=sys.stderr)
+            return 1
+        written = write_experiment(files, self.study, self.output_dir)
         print(f"{self.study}: {len(written)} files in {self.output_dir}:")
         for path in written:
             print(f"  {path.name}")
@@ -101,14 +103,8 @@ class Measurements:
         return sorted(self._folder.glob(f"{self._stem}.part*"))
 
     def files(self) -> list[Path]:
-        """Return every file that holds cases.
-
-        Raises: UsageError when there is none.
-        """
-        found = [path for path in (*self.parts(), self.json_path) if _holds_cases(path)]
-        if not found:
-            raise bad(self._stem, "the run", "measure at least one case", 0)
-        return found
+        """Return every file that holds cases."""
+        return [path for path in (*self.parts(), self.json_path) if _holds_cases(path)]
 
     def end(self) -> None:
         """Note that every case had its turn."""

@@ -93,7 +93,9 @@ def _number_bar(axes: Axes, at: float, height: float, rotation: float) -> None:
 
 def group_label(group: Any) -> str:
     """Return the label of a group of bars, long ones in lines of a few words."""
-    return "\n".join(textwrap.wrap(word(group), _LABEL_COLUMNS)) or word(group)
+    # Names in code are broken behind an underscore, as if a space were there.
+    lines = textwrap.wrap(word(group).replace("_", "_ "), _LABEL_COLUMNS + 1)
+    return "\n".join(lines).replace("_ ", "_") or word(group)
 
 
 def mark_bar(axes: Axes, at: float, width: float, colour: str, outcome: str) -> None:

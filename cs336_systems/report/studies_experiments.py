@@ -74,7 +74,7 @@ _LM_MATRIX = Study(
             x="strategy",
             y="metrics.memory_bytes",
             parts={f"metrics.memory_{kind}_bytes": words for kind, words in _KINDS.items()},
-            rows=("attention", "ranks", *_SETTING),
+            rows=("attention", *_SETTING),
             log_y=False,
         ),
         _bars("throughput", "Tokens/s of all ranks", "tokens_per_s"),

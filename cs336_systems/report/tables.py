@@ -33,7 +33,7 @@ from cs336_systems.report.studies import (
 from cs336_systems.report.versus import versus_tables
 
 _RATES = ("tokens_per_s", "tflops", "intensity", "share_of_peak", "peak_gib", "speedup")
-_SAID = "facts.data"
+_SAID = "facts.setting"
 """A sentence that many cases share, which a note says once."""
 # Past this many cases a reason names only the first ones.
 _NAMED_CASES = 3
@@ -222,8 +222,7 @@ def _measured_notes(rows: Sequence[Row]) -> list[str]:
         values = sorted({row[names] for row in rows if row["median_ms"] is not None})
         if values:
             notes.append(f"{names.capitalize()}: {'; '.join(known[value] for value in values)}.")
-    for data in dict.fromkeys(row[_SAID] for row in rows if row.get(_SAID)):
-        notes.append(f"Data: {data}.")
+    notes += [f"{said}." for said in dict.fromkeys(row[_SAID] for row in rows if row.get(_SAID))]
     calls = sorted({row["calls_per_round"] or 1 for row in rows if row["median_ms"] is not None})
     if calls and calls[-1] > 1:
         numbers = ", ".join(map(str, calls))
