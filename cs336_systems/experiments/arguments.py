@@ -11,17 +11,30 @@ from pathlib import Path
 from cs336_systems.errors import bad, unknown
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that shows defaults and leaves examples as they are written."""
+def new_parser(prog: str, doc: str, epilog: str) -> argparse.ArgumentParser:
+    """Return a parser described by a module's first line; the epilog stays as it is written."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=doc.partition("\n")[0],
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options that every experiment has."""
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("artifacts"), help="folder for the five files"
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("artifacts"),
+        metavar="DIR",
+        help="folder for the five files (default: artifacts)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: seconds, to try it out")
+    group.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
+    group.add_argument("--smoke", action="store_true", help="tiny sizes: seconds, to try it out")
 
 
 def whole(least: int) -> Callable[[str], int]:

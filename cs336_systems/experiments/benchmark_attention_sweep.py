@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     # Run by its path, maybe in a fresh clone: the packages beside it come first.
@@ -19,10 +20,10 @@ if not __package__:
 from cs336_systems.attention import ATTENTION
 from cs336_systems.errors import bad
 from cs336_systems.experiments.arguments import (
-    Formatter,
     add_common,
     command_line,
     known,
+    new_parser,
     typed,
     whole,
 )
@@ -65,23 +66,25 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options; those that are not given are the benchmark's to choose."""
-    made = argparse.ArgumentParser(
-        prog=WHERE, description=__doc__, epilog=_EPILOG, formatter_class=Formatter
-    )
+    made = new_parser(WHERE, __doc__, _EPILOG)
+    number: dict[str, Any] = {"type": whole(1), "metavar": "N"}
     made.add_argument(
         "--custom_tiers",
         nargs="+",
         metavar="QUERIES:KEYS",
         help="these in place of the tiers, powers of two; 128 alone is 128:128",
     )
-    made.add_argument("--head_dims", nargs="+", type=whole(1), metavar="D", help="default: 64")
-    made.add_argument("--kernels", nargs="+", default=KERNELS, metavar="KERNEL", help="rows")
+    rows = f"default: {' '.join(KERNELS)}"
+    made.add_argument("--kernels", nargs="+", default=KERNELS, metavar="KERNEL", help=rows)
+    made.add_argument("--head_dims", nargs="+", **number, help="default: 64")
+    made.add_argument("--batch_size", **number, help="of q, k and v")
+    made.add_argument("--num_heads", **number, help="of q, k and v")
     made.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of q, k and v")
-    made.add_argument("--batch_size", type=whole(1), help="batch of q, k and v")
-    made.add_argument("--num_heads", type=whole(1), help="heads of q, k and v")
     made.add_argument("--causal", action="store_true", help="query i sees keys j <= i alone")
-    made.add_argument("--warmup", type=whole(0), default=5, help="untimed calls of each case")
-    made.add_argument("--iters", type=whole(1), default=20, help="timed calls of each case")
+    made.add_argument(
+        "--warmup", type=whole(0), default=5, metavar="N", help="untimed calls (default: 5)"
+    )
+    made.add_argument("--iters", default=20, **number, help="timed calls (default: 20)")
     add_common(made)
     return made
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     # Run by its path, maybe in a fresh clone: the packages beside it come first.
@@ -18,11 +19,11 @@ if not __package__:
 
 from cs336_systems.attention import ATTENTION
 from cs336_systems.experiments.arguments import (
-    Formatter,
     add_common,
     command_line,
     file_path,
     known,
+    new_parser,
     typed,
     whole,
 )
@@ -33,7 +34,13 @@ WHERE = "benchmark_lm_matrix"
 MODULE = f"cs336_systems.experiments.{WHERE}"
 KERNELS = ("scaled_dot_prod_attention", "vectorized_torch", "flash_attention_triton")
 WRAPPERS = ("none", "naive", "flashddp", "torch_ddp")
-_MODEL = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size")
+_MODEL = {
+    "d_model": "width of the residual stream",
+    "d_ff": "width of the feed-forward layers",
+    "num_layers": "transformer blocks",
+    "num_heads": "attention heads of a block",
+    "vocab_size": "token ids that there are",
+}
 _NUMBERS = {
     "epochs": "lm-epochs",
     "steps": "lm-epoch-steps",
@@ -43,10 +50,10 @@ _NUMBERS = {
 """Numbers and the benchmarks' options for them."""
 
 _EPILOG = f"""\
-An epoch is --steps steps of one rank; n ranks see the same tokens in 1/n of the steps. `none` is
-one rank alone, every other wrapper has --ranks. On CUDA devices the model's default is d_model 512,
-d_ff 4096, 24 layers, 16 heads, context 256, vocabulary 10,000, batch 8, 5 epochs of 10 steps in
-bf16; on a CPU it is one that takes a minute or two.
+An epoch is --steps steps of one rank; n ranks see the same tokens in 1/n of the steps. Without
+--steps it is at most one pass over the file. `none` is one rank alone, every other wrapper has
+--ranks. On CUDA devices the defaults are d_model 512, d_ff 4096, 24 layers, 16 heads, context 256,
+vocabulary 10,000, batch 8, and 5 epochs of 10 steps in bf16; on a CPU, what takes a minute or two.
 
 Written to --output_dir: lm_matrix_results.csv, lm_matrix_time.png, lm_matrix_memory.png,
 lm_matrix_throughput.png, lm_matrix_report.md, and what was measured, as JSON, in measurements/.
@@ -67,28 +74,27 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options; those that are not given are the benchmark's to choose."""
-    made = argparse.ArgumentParser(
-        prog=WHERE, description=__doc__, epilog=_EPILOG, formatter_class=Formatter
-    )
-    files = made.add_argument_group("data (without files: seeded random tokens)")
-    files.add_argument("--train_path", type=Path, help=".npy of token ids to train on")
-    files.add_argument("--val_path", type=Path, help=".npy of token ids for a last loss")
+    made = new_parser(WHERE, __doc__, _EPILOG)
+    files = made.add_argument_group("data")
+    npy: dict[str, Any] = {"type": Path, "metavar": "NPY"}
+    files.add_argument("--train_path", **npy, help="token ids (default: seeded random tokens)")
+    files.add_argument("--val_path", **npy, help="token ids for a loss after the last step")
+    number: dict[str, Any] = {"type": whole(1), "metavar": "N"}
     run = made.add_argument_group("run")
-    run.add_argument("--epochs", type=whole(1), help="timed epochs")
-    run.add_argument("--steps", type=whole(1), help="steps of one rank in an epoch")
-    run.add_argument("--tr_batch_size", type=whole(1), help="sequences on each rank in a step")
+    run.add_argument("--epochs", **number, help="timed epochs")
+    run.add_argument("--steps", **number, help="steps of one rank in an epoch")
+    run.add_argument("--tr_batch_size", **number, help="sequences on each rank in a step")
     run.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: autocast")
     model = made.add_argument_group("model")
-    model.add_argument("--context_length", type=whole(1), help="tokens in a sequence")
-    for name in _MODEL:
-        model.add_argument(f"--{name}", type=whole(1), help="as in ModelConfig")
+    model.add_argument("--context_length", **number, help="tokens in a sequence")
+    for name, words in _MODEL.items():
+        model.add_argument(f"--{name}", **number, help=words)
     matrix = made.add_argument_group("matrix")
-    matrix.add_argument("--kernels", nargs="+", default=KERNELS, metavar="KERNEL", help="rows")
+    for name, rows in (("kernel", KERNELS), ("wrapper", WRAPPERS)):
+        words = f"default: {' '.join(rows)}"
+        matrix.add_argument(f"--{name}s", nargs="+", default=rows, metavar=name.upper(), help=words)
     matrix.add_argument(
-        "--wrappers", nargs="+", default=WRAPPERS, metavar="WRAPPER", help="columns"
-    )
-    matrix.add_argument(
-        "--ranks", type=whole(1), help="of every wrapper but none; default: all GPUs, at least 2"
+        "--ranks", **number, help="of every wrapper but none (default: all GPUs, at least 2)"
     )
     add_common(made)
     return made

@@ -18,16 +18,16 @@ _RAISED = {1: "", 2: "²", 3: "³"}
 
 
 def paint_guides(scene: Scene, axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw each power from the lowest point of the panel's last value down to its first."""
+    """Draw each power down from the panel's highest point at its last value."""
     heights = [(row[scene.plot.x], height) for row in rows if (height := scene.height(row))]
     if not heights or not scene.plot.guides:
         return
-    swept = values_of(scene.plot.x, scene.rows)
+    swept = values_of(scene.plot.x, rows)
     last = max(at for at, _ in heights)
-    lowest = min(height for at, height in heights if at == last)
+    highest = max(height for at, height in heights if at == last)
     # The axis is to fit the cases; a steep slope leaves it at the bottom.
     for power, dashes in zip(scene.plot.guides, _DASHES, strict=False):
-        drawn = [lowest * (at / last) ** power for at in swept]
+        drawn = [highest * (at / last) ** power for at in swept]
         axes.plot(swept, drawn, color=_GREY, linestyle=dashes, linewidth=0.9, zorder=1.5)
 
 

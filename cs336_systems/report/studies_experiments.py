@@ -85,7 +85,8 @@ _ATTENTION_SWEEP = Study(
     name="attention_sweep",
     title="Forward attention by numbers of queries and keys",
     shows="Latency of the forward pass alone, N_q queries on N_k keys; a tier is the longer of "
-    "the two. Every case's last rows are held against fp64 before it is timed.",
+    "the two. Inputs require gradients, as in training, so that a kernel saves what its backward "
+    "pass needs. Every case's last rows are held against fp64 before it is timed.",
     index=("attention", "dtype", "d", "tier", "queries", "keys", "ratio"),
     pivots=(
         Pivot(title="Median ms", rows=("tier", "queries", "keys"), columns="attention"),
