@@ -63,7 +63,8 @@ Function = Callable[..., Tensor]
 
 
 class AttentionBench:
-    """Random inputs (..., seq, d) for one row, and the passes over them."""
+    """Random inputs (..., seq, d) for one row, and the passes over them; with `num_keys` keys in
+    place of seq."""
 
     def __init__(
         self,
@@ -73,13 +74,16 @@ class AttentionBench:
         device: torch.device,
         *,
         is_causal: bool = True,
+        num_keys: int | None = None,
     ) -> None:
         torch.manual_seed(0)
+        keys_size = (*size[:-2], size[-2] if num_keys is None else num_keys, size[-1])
         self._function = partial(function, is_causal=is_causal)
         self._device = device
         self._is_causal = is_causal
         self._inputs = [
-            torch.randn(size, dtype=dtype, device=device, requires_grad=True) for _ in range(3)
+            torch.randn(each, dtype=dtype, device=device, requires_grad=True)
+            for each in (size, keys_size, keys_size)
         ]
         self._grad_output = torch.randn(size, dtype=dtype, device=device)
         self._output: Tensor | None = None
@@ -174,19 +178,20 @@ def last_rows(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, is_causal: bool) ->
     """Return the last rows of o and dq by the plain formula, and of dk and dv where they need no
     others.
 
-    The last keys are seen by the last queries alone when the mask is causal; without it every
-    query adds to every key's gradient.
-    Shapes: all (seq, d) -> (min(seq, CHECKED_ROWS), d) each.
+    The last keys are seen by the last queries alone when the mask is causal and there are as many
+    keys as queries; otherwise every query may add to every key's gradient.
+    Shapes: q and grad (queries, d), k and v (keys, d) -> (min(queries, CHECKED_ROWS), d) each.
     """
-    seq, num_rows = len(q), min(len(q), CHECKED_ROWS)
+    queries, num_rows = len(q), min(len(q), CHECKED_ROWS)
     leaves = [tensor.clone().requires_grad_() for tensor in (q[-num_rows:], k, v)]
     scores = leaves[0] @ leaves[1].T / q.shape[-1] ** 0.5
     if is_causal:
-        places = torch.arange(seq, device=q.device)
-        scores = scores.masked_fill(places[-num_rows:, None] < places, float("-inf"))
+        rows = torch.arange(queries - num_rows, queries, device=q.device)
+        seen = rows[:, None] >= torch.arange(len(k), device=q.device)
+        scores = scores.masked_fill(~seen, float("-inf"))
     o = torch.softmax(scores, dim=-1) @ leaves[2]
     dq, dk, dv = torch.autograd.grad(o, leaves, grad[-num_rows:])
-    whole = is_causal or num_rows == seq
+    whole = (is_causal and len(k) == queries) or num_rows == queries
     return [o.detach(), dq, *((dk[-num_rows:], dv[-num_rows:]) if whole else ())]
 
 

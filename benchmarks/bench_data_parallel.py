@@ -4,6 +4,7 @@ NCCL on GPUs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cases import Selection
@@ -11,6 +12,7 @@ from data_parallel_cases import ATTENTION, TrainingCase
 from data_parallel_ranks import LinkTimes, TrainingResult, link_times, train_rounds
 from data_parallel_rows import bucket_prediction, counts, lanes, metrics
 from rank_slot import RankSlot
+from token_batches import TokenFiles
 
 from cs336_systems.measure.memory import gib, requested_bytes
 from cs336_systems.measure.pytest_plugin import GpuBenchmark
@@ -21,18 +23,19 @@ from cs336_systems.parallel.launch import RankFailedError, RankPool
 Further = Callable[[RankPool, TrainingCase], Mapping[str, float | None]]
 
 _SETTING = "strategy, size, context, batch, ranks, precision, communication"
+_NUM_VALUES = _SETTING.count(",") + 1
 
 
 def sweep(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
     """Every strategy in every setting."""
     cases = [] if chosen.trainings is None else chosen.trainings.cases()
-    return _SETTING, [tuple(case)[:-1] for case in cases]
+    return _SETTING, [tuple(case)[:_NUM_VALUES] for case in cases]
 
 
 def sweep_buckets(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
     """Every bucket size in every setting, and no communication to compare with."""
     cases = [] if chosen.trainings is None else chosen.trainings.bucket_cases()
-    return f"{_SETTING}, bucket_mb", [tuple(case) for case in cases]
+    return f"{_SETTING}, bucket_mb", [tuple(case)[: _NUM_VALUES + 1] for case in cases]
 
 
 SWEEPS = {"bench_data_parallel": sweep, "bench_data_parallel_buckets": sweep_buckets}
@@ -89,7 +92,7 @@ def _bench(
     def build() -> Workload:
         case.refuse_what_cannot_run(chosen.device)
         pool = rank_slot.get(case.ranks, "nccl" if chosen.device.type == "cuda" else "gloo")
-        results = _results(
+        results = training_results(
             pool,
             case,
             rounds=record.rounds or settings.rounds,
@@ -103,13 +106,15 @@ def _bench(
     gpu_benchmark(record, build=build)
 
 
-def _results(pool: RankPool, case: TrainingCase, **how: Any) -> list[TrainingResult]:
-    """Run the training.
+def training_results(
+    pool: RankPool, case: TrainingCase, *, data: TokenFiles | None = None, **how: Any
+) -> list[TrainingResult]:
+    """Run the training, on one batch over and over without `data`.
 
     Raises: NotMeasured where a rank has no memory left; the pool's next call has fresh ranks.
     """
     try:
-        return pool.run(train_rounds, case.training, **how)
+        return pool.run(train_rounds, replace(case.training, data=data), **how)
     except RankFailedError as error:
         if not any(word in str(error) for word in ("OutOfMemoryError", "can't allocate memory")):
             raise

@@ -17,6 +17,10 @@ from choices import at_least, listed, one_of
 from data_parallel_cases import Trainings, chosen_trainings
 from data_parallel_cases import add_options as add_training_options
 from flash_cases import HARNESS_REP_MS, Grids, chosen_grids
+from lm_matrix_cases import Matrix, chosen_matrix
+from lm_matrix_cases import add_options as add_matrix_options
+from sweep_cases import Sweep, chosen_sweep
+from sweep_cases import add_options as add_sweep_options
 
 from cs336_systems.accounting import PASSES
 from cs336_systems.attention import ATTENTION, DEFAULT_ATTENTION
@@ -56,6 +60,8 @@ class Selection:
     harness_rep_ms: int
     all_reduce: AllReduces | None
     trainings: Trainings | None
+    matrix: Matrix | None
+    sweep: Sweep | None
     smoke: bool
     gate: bool
     nvtx: bool
@@ -103,6 +109,8 @@ def add_options(parser: pytest.Parser) -> None:
     )
     add_all_reduce_options(group)
     add_training_options(group)
+    add_matrix_options(group)
+    add_sweep_options(group)
     group.addoption("--smoke", action="store_true", help="a few cases of every file, in seconds")
     group.addoption(
         "--gate",
@@ -160,6 +168,8 @@ def _selection(config: pytest.Config) -> Selection:
         flash={} if gate else chosen_grids(option, device, smoke=smoke),
         all_reduce=None if gate else chosen_all_reduces(option, device, smoke=smoke),
         trainings=None if gate else chosen_trainings(option, device, smoke=smoke),
+        matrix=None if gate else chosen_matrix(option, device, smoke=smoke),
+        sweep=None if gate else chosen_sweep(option, device, smoke=smoke),
         harness_rep_ms=rep_ms or (100 if smoke else HARNESS_REP_MS),
         smoke=smoke,
         gate=gate,

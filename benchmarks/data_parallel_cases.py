@@ -10,9 +10,10 @@ import pytest
 import torch
 from choices import at_least, listed, one_of
 from data_parallel_ranks import DTYPES, Training
+from model_size import model_config
 
 from cs336_systems.accounting import pass_flops
-from cs336_systems.config import PRESETS, preset
+from cs336_systems.config import PRESETS
 from cs336_systems.measure.memory import available_bytes, gib
 from cs336_systems.measure.record import Case
 from cs336_systems.measure.workload import NotMeasured
@@ -41,6 +42,8 @@ class TrainingCase(NamedTuple):
     precision: str
     communication: str
     bucket_mb: int | None = None
+    attention: str | None = None
+    """None: `ATTENTION`, in a study that has it everywhere."""
 
     @property
     def training(self) -> Training:
@@ -52,13 +55,13 @@ class TrainingCase(NamedTuple):
             batch=self.batch,
             precision=self.precision,
             communication=self.communication,
-            attention=ATTENTION,
+            attention=self.attention or ATTENTION,
             bucket_mb=self.bucket_mb,
         )
 
     def case(self, study: str, device: torch.device) -> Case:
         """Return what is recorded of it: tokens are those of all ranks, FLOPs of each."""
-        config = preset(self.size, context_length=self.context)
+        config = model_config(self.size, self.context)
         params = {name: value for name, value in self._asdict().items() if value is not None}
         return Case(
             study=study,
@@ -75,7 +78,7 @@ class TrainingCase(NamedTuple):
         modelled = _COUNTERPARTS.get(self.strategy, self.strategy)
         if modelled not in MODELLED:
             return None
-        config = preset(self.size, context_length=self.context)
+        config = model_config(self.size, self.context)
         compute = DTYPES[self.precision].itemsize if modelled == "fsdp" else None
         setting = Setting(
             weights=Weights.of(config),
@@ -215,14 +218,14 @@ def chosen_trainings(option: Option, device: torch.device, *, smoke: bool) -> Tr
         contexts=numbers("contexts", "--contexts"),
         batch=default.batch if batch is None else at_least("--rank-batch", 1)(batch),
         ranks=numbers("ranks", "--ranks"),
-        precisions=_precisions(option, default.precisions),
+        precisions=chosen_precisions(option, default.precisions),
         communications=names("communications", DTYPES),
         bucket_mb=numbers("bucket_mb", "--bucket-mb"),
         profiled=not option("no_timeline"),
     )
 
 
-def _precisions(option: Option, default: tuple[str, ...]) -> tuple[str, ...]:
+def chosen_precisions(option: Option, default: tuple[str, ...]) -> tuple[str, ...]:
     """Return those of the chosen precisions that ranks train in; the choices are checked before."""
     chosen = listed(option("precisions"), "--precisions", default, str)
     return tuple(name for name in chosen if name in DTYPES)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from cs336_basics.nn_utils import cross_entropy
+from model_size import model_config
+from token_batches import Batch, TokenFiles
 from torch.optim import AdamW
 
-from cs336_systems.config import preset
 from cs336_systems.measure.memory import peak_bytes, release
 from cs336_systems.measure.ranks import time_on_rank
 from cs336_systems.measure.timeline import Timeline, step_timeline
@@ -50,6 +53,8 @@ class Training:
     attention: str
     bucket_mb: float | None = None
     """None: the strategy's own, or it has no buckets."""
+    data: TokenFiles | None = None
+    """None: one batch of random tokens, which is on the device before any step."""
 
     def options(self) -> dict[str, Any]:
         """Return what `wrap` is to be told."""
@@ -77,6 +82,16 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Of all ranks together: whether a short run has learnt anything."""
+
+    first: float
+    last: float
+    validation: float | None
+    """After the last step; None without a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingResult:
     """What one rank has to tell."""
 
@@ -90,21 +105,31 @@ class TrainingResult:
     log: list[Collective]
     """Of one step; a peer's own messages are not seen."""
     timeline: Timeline | None
+    losses: Losses | None = None
+    """Where every step has a batch of its own."""
 
 
 class Trainer:
-    """A model, its wrapper, its optimizer and one batch on this rank."""
+    """A model, its wrapper, its optimizer and its batches on this rank."""
 
     def __init__(self, training: Training, device: torch.device) -> None:
         self.training, self.device = training, device
-        config = preset(training.size, context_length=training.context)
-        generator = torch.Generator(device).manual_seed(1 + dist.get_rank())
-        shape = (2, training.batch, training.context)
-        self._tokens, self._targets = torch.randint(
-            config.vocab_size, shape, device=device, generator=generator
-        )
+        self._config = model_config(training.size, training.context)
+        self._batches = self._batches_of(training.data)
         self.loss = torch.zeros((), device=device)
-        self._config = config
+
+    def _batches_of(self, data: TokenFiles | None) -> Iterator[Batch]:
+        training, rank = self.training, dist.get_rank()
+        if data is not None:
+            return data.training_batches(self._config, training.batch, rank, self.device)
+        generator = torch.Generator(self.device).manual_seed(1 + rank)
+        tokens, targets = torch.randint(
+            self._config.vocab_size,
+            (2, training.batch, training.context),
+            device=self.device,
+            generator=generator,
+        )
+        return repeat((tokens, targets))
 
     def build(self) -> None:
         """Make model and optimizer, the same on all ranks."""
@@ -137,11 +162,23 @@ class Trainer:
         """Bring every gradient to what the optimizer takes."""
         # The optimizer's, since reading the model's parameters would wait for those under way.
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss = cross_entropy(self.model(self._tokens), self._targets)
+        loss = self._loss_of(next(self._batches))
         loss.backward()
         self.model.finish_gradient_synchronization()
         self.loss = loss.detach()
+
+    def _loss_of(self, batch: Batch) -> torch.Tensor:
+        tokens, targets = batch
+        with self._autocast():
+            return cross_entropy(self.model(tokens), targets)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float | None:
+        """Return the mean loss of a few batches of the validation file, None without one."""
+        data = self.training.data or TokenFiles()
+        batches = data.validation_batches(self._config, self.training.batch, self.device)
+        losses = [self._loss_of(batch).item() for batch in batches]
+        return sum(losses) / len(losses) if losses else None
 
     def step(self) -> None:
         """Train one step."""
@@ -177,11 +214,11 @@ def train_rounds(
     release(device)
     trainer = Trainer(training, device)
     phases = trainer.first_step()
+    first_loss = trainer.loss
     trainer.steps(warmup_rounds - 1)
     with record_collectives() as log:
         step_peak_bytes = peak_bytes(device, trainer.step)
-    loss = trainer.loss.clone()
-    dist.all_reduce(loss)
+    loss = trainer.loss
 
     seconds = time_on_rank(
         partial(trainer.steps, steps_per_round),
@@ -193,15 +230,30 @@ def train_rounds(
     timeline = step_timeline(trainer.step, device) if profiled else None
     result = TrainingResult(
         seconds=[each / steps_per_round for each in seconds],
-        loss=loss.item() / dist.get_world_size(),
+        loss=_mean_of_ranks(loss),
         phases=phases,
         step_peak_bytes=step_peak_bytes,
         log=log,
         timeline=timeline,
+        losses=None if training.data is None else _losses(trainer, first_loss),
     )
     del trainer
     release(device)
     return result
+
+
+def _losses(trainer: Trainer, first: torch.Tensor) -> Losses:
+    return Losses(
+        first=_mean_of_ranks(first),
+        last=_mean_of_ranks(trainer.loss),
+        validation=trainer.validation_loss(),
+    )
+
+
+def _mean_of_ranks(loss: torch.Tensor) -> float:
+    total = loss.clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from statistics import median
 
 from data_parallel_cases import TrainingCase
 from data_parallel_ranks import MEGABYTE, LinkTimes, Phase, TrainingResult
+from model_size import model_config
 
 from cs336_systems.accounting import parameters
-from cs336_systems.config import preset
 from cs336_systems.measure.ranks import slowest
 from cs336_systems.parallel import STRATEGIES
 from cs336_systems.parallel.bucket_model import Gradients
@@ -88,7 +88,7 @@ def bucket_prediction(case: TrainingCase, links: Sequence[LinkTimes]) -> dict[st
     call_seconds = median(slowest([link.small for link in links]))
     large_seconds = median(slowest([link.large for link in links]))
     bytes_per_s = links[0].large_bytes / max(large_seconds - call_seconds, _LEAST_SECONDS)
-    config = preset(case.size, context_length=case.context)
+    config = model_config(case.size, case.context)
     width = 2 if case.communication == "bf16" else 4
     gradients = Gradients(
         num_bytes=parameters(config).total * width,

@@ -14,12 +14,13 @@ class RankSlot:
     def __init__(self) -> None:
         self._pool: RankPool | None = None
 
-    def get(self, world_size: int, backend: str) -> RankPool:
+    def get(self, world_size: int, backend: str, *, timeout_s: float = _TIMEOUT_S) -> RankPool:
         """Return ranks of this number and backend, ending others."""
         pool = self._pool
         if pool is None or (pool.world_size, pool.backend) != (world_size, backend):
             self.clear()
-            pool = self._pool = RankPool(world_size, backend=backend, timeout_s=_TIMEOUT_S)
+            pool = self._pool = RankPool(world_size, backend=backend, timeout_s=timeout_s)
+        pool.timeout_s = timeout_s
         return pool
 
     def clear(self) -> None:

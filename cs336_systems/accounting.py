@@ -97,24 +97,49 @@ def least_bytes(
 
 
 def attention_flops(
-    batch_size: int, num_heads: int, seq: int, head_dim: int, which: str, *, is_causal: bool
+    batch_size: int,
+    num_heads: int,
+    seq: int,
+    head_dim: int,
+    which: str,
+    *,
+    is_causal: bool,
+    num_keys: int | None = None,
 ) -> float:
     """Return the FLOPs that attention kernels are compared by: two products forward, five backward.
 
+    `num_keys` is how many keys the `seq` queries look at, as many as there are queries when None.
     Source: Dao 2023 (FlashAttention-2), section 4.1: the causal mask halves the count, backward is
     2.5 forward.
     """
-    forward = 4.0 * batch_size * num_heads * seq**2 * head_dim * (0.5 if is_causal else 1.0)
+    keys = seq if num_keys is None else num_keys
+    pairs = _causal_pairs(seq, keys) if is_causal else float(seq * keys)
+    forward = 4.0 * batch_size * num_heads * pairs * head_dim
     return forward * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[which]
 
 
+def _causal_pairs(queries: int, keys: int) -> float:
+    """Return how many scores a mask aligned at the top left leaves, its diagonal counted half."""
+    below = max(0, queries - keys)
+    return min(queries, keys) ** 2 / 2 + below * keys
+
+
 def attention_bytes(
-    batch_size: int, num_heads: int, seq: int, head_dim: int, which: str, *, element_bytes: int
+    batch_size: int,
+    num_heads: int,
+    seq: int,
+    head_dim: int,
+    which: str,
+    *,
+    element_bytes: int,
+    num_keys: int | None = None,
 ) -> int:
     """Return the least bytes that attention moves: each input and result once, nothing between.
 
     Forward reads q, k, v and writes o; with a backward pass there are o, do, dq, dk, dv as well,
     whether or not the forward pass is part of it. The log-sum-exp, one number a row, is left out.
     """
-    num_tensors = {"forward": 4, "backward": 8, "forward_backward": 8}[which]
-    return num_tensors * batch_size * num_heads * seq * head_dim * element_bytes
+    # As many tensors are of the queries' length as of the keys'.
+    num_tensors = {"forward": 2, "backward": 4, "forward_backward": 4}[which]
+    rows = seq + (seq if num_keys is None else num_keys)
+    return num_tensors * batch_size * num_heads * rows * head_dim * element_bytes

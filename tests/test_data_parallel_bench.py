@@ -138,7 +138,7 @@ class FailingPool:
 def test_memory_that_runs_out_on_a_rank_is_a_row() -> None:
     message = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB."
     with pytest.raises(NotMeasured) as end:
-        bench_data_parallel._results(FailingPool(message), case_of("flat"))  # type: ignore[arg-type]
+        bench_data_parallel.training_results(FailingPool(message), case_of("flat"))  # type: ignore[arg-type]
     assert end.value.status == "oom"
     assert end.value.reason == "rank 1 ran out of memory allocating 2.50 GiB"
     assert end.value.metrics == {"requested_bytes": 2.5 * 2**30}
@@ -146,7 +146,7 @@ def test_memory_that_runs_out_on_a_rank_is_a_row() -> None:
 
 def test_other_failures_are_not_swallowed() -> None:
     with pytest.raises(RankFailedError, match="ValueError: odd"):
-        bench_data_parallel._results(FailingPool("ValueError: odd"), case_of("flat"))  # type: ignore[arg-type]
+        bench_data_parallel.training_results(FailingPool("ValueError: odd"), case_of("flat"))  # type: ignore[arg-type]
 
 
 # --- rows ---

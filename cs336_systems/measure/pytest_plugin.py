@@ -367,6 +367,9 @@ def _settings(config: pytest.Config) -> Settings:
 
 
 def _command() -> str:
+    # A program that runs the suite says what its user typed.
+    if command := os.environ.get("CS336_COMMAND"):
+        return command
     arguments = [
         argument for argument in sys.argv[1:] if not argument.startswith("--benchmark-json")
     ]

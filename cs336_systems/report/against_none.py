@@ -10,6 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _STUDIES = ("data_parallel", "data_parallel_buckets")
+_MATRIX = "lm_matrix"
 _BASELINE = "none"
 _PEERS = {
     "naive": "torch_ddp",
@@ -34,6 +35,22 @@ def add_comparisons(rows: Sequence[Row]) -> None:
         peer = by_setting.get(_setting(row, _PEERS.get(strategy), _bucket(row)))
         if peer is not None:
             row["metrics.over_peer"] = row["median_ms"] / peer["median_ms"]
+    _add_to_matrix(rows)
+
+
+def _add_to_matrix(rows: Sequence[Row]) -> None:
+    """Give each short training run its tokens/s over those of one rank alone."""
+    timed = [row for row in rows if row["study"] == _MATRIX and row["tokens_per_s"]]
+    alone = {_run(row): row for row in timed if row["case"].get("strategy") == _BASELINE}
+    for row in timed:
+        if (one := alone.get(_run(row))) is not None:
+            row["metrics.over_alone"] = row["tokens_per_s"] / one["tokens_per_s"]
+
+
+def _run(row: Row) -> tuple[Any, ...]:
+    """Return what a run shares with that of one rank alone."""
+    rest = {name: v for name, v in row["case"].items() if name not in ("strategy", "ranks")}
+    return (row["hardware"].identity(), json.dumps(rest, sort_keys=True))
 
 
 def _bucket(row: Row) -> Any:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from cs336_systems.report import text
 from cs336_systems.report.canvas import log_ticks_at
 from cs336_systems.report.frame import Row
+from cs336_systems.report.guides import paint_guides
 from cs336_systems.report.palette import Look, Palette
 from cs336_systems.report.scene import Scene, Values, values
 from cs336_systems.report.source import Roof
@@ -92,7 +93,9 @@ def _number_bar(axes: Axes, at: float, height: float, rotation: float) -> None:
 
 def group_label(group: Any) -> str:
     """Return the label of a group of bars, long ones in lines of a few words."""
-    return "\n".join(textwrap.wrap(word(group), _LABEL_COLUMNS)) or word(group)
+    # Names in code are broken behind an underscore, as if a space were there.
+    lines = textwrap.wrap(word(group).replace("_", "_ "), _LABEL_COLUMNS + 1)
+    return "\n".join(lines).replace("_ ", "_") or word(group)
 
 
 def mark_bar(axes: Axes, at: float, width: float, colour: str, outcome: str) -> None:
@@ -130,6 +133,7 @@ def _paint_lines(scene: Scene, palette: Palette, axes: Axes, rows: Sequence[Row]
             **_stroke(position, len(scene.series)),
         )
         _paint_beside(scene, axes, own, style.colour)
+    paint_guides(scene, axes, rows)
     if scene.stopped:
         _mark_stops(scene, palette, axes, rows)
     swept = values_of(x, scene.rows)

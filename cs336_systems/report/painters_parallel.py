@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from cs336_systems.measure.intervals import unpack
 from cs336_systems.report import text
 from cs336_systems.report.frame import Row
+from cs336_systems.report.heatmap import paint_heatmap
 from cs336_systems.report.painters import PAINTERS, Painter, group_label, mark_bar
 from cs336_systems.report.palette import Palette, part_colour
 from cs336_systems.report.scene import Scene, label
@@ -81,4 +82,5 @@ ALL_PAINTERS: dict[str, Painter] = {
     **PAINTERS,
     "stack": _paint_stack,
     "timeline": _paint_timeline,
+    "heatmap": paint_heatmap,
 }

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from cs336_systems.report import text
 from cs336_systems.report.canvas import Canvas, drawing, scale_y
 from cs336_systems.report.frame import Row
+from cs336_systems.report.guides import guide_entries
+from cs336_systems.report.heatmap import DOWN
 from cs336_systems.report.painters import BAND, group_label, handle, stopped_handle
 from cs336_systems.report.painters_parallel import ALL_PAINTERS, beside_entry, part_entries
 from cs336_systems.report.palette import Palette
@@ -89,14 +91,14 @@ def _paint(scene: Scene, section: Section, palette: Palette) -> bytes:
 def _entries(scene: Scene, palette: Palette) -> list[tuple[str, Artist]]:
     """Return the legend's entries."""
     kind = scene.plot.kind
-    if kind == "spread":
-        return []  # Its x axis already names the series.
+    if kind in ("spread", "heatmap"):
+        return []  # An axis already names the series.
     if kind in ("stack", "timeline"):
         return [*part_entries(scene), *beside_entry(scene)]
     entries = [(label(wanted), handle(scene, palette, wanted)) for wanted in scene.series if wanted]
     if scene.stopped and kind in ("bars", "lines"):
         entries.append((_STOPPED, stopped_handle(scene)))
-    return [*entries, *beside_entry(scene)]
+    return [*entries, *beside_entry(scene), *guide_entries(scene)]
 
 
 def _canvas(scene: Scene, section: Section, labels: Sequence[str]) -> Canvas:
@@ -146,7 +148,8 @@ def _panel(scene: Scene, palette: Palette, axes: Axes, row: int, column: int) ->
     )
     axes.set_title(name, fontsize=8.5, loc="left")
     if column == 0 and scene.plot.kind != "timeline":
-        axes.set_ylabel(scene.y_label, fontsize=8)
+        down = text.header(DOWN, axis=True)
+        axes.set_ylabel(down if scene.plot.kind == "heatmap" else scene.y_label, fontsize=8)
     if row == len(scene.down) - 1:
         unnamed = {"timeline": "time in the step (ms)", "stack": ""}
         named = scene.plot.x and text.header(scene.plot.x, axis=True)
@@ -158,7 +161,7 @@ def _panel(scene: Scene, palette: Palette, axes: Axes, row: int, column: int) ->
 
 def _scale(scene: Scene, axes: Axes, heights: Sequence[float]) -> None:
     positive = [height for height in heights if height > 0]
-    if not positive:
+    if not positive or scene.plot.kind == "heatmap":
         return
     low, high = min(positive), max(positive)
     log = True if scene.plot.kind == "roofline" else scene.plot.log_y

@@ -13,7 +13,6 @@ from cs336_systems.report.spec import Plot
 from cs336_systems.report.studies import combinations_of, fullest, further, values_of, word
 
 # A picture past these is neither readable nor quick; the tables have every row.
-_MOST_PANELS = 12
 _MOST_SERIES = 12
 
 Values = tuple[Any, ...]
@@ -113,7 +112,7 @@ def set_scene(plot: Plot, index: Sequence[str], rows: Sequence[Row]) -> Scene | 
     if not any(row.get(plot.y) is not None for row in rows) or plot.x not in known:
         return None
     swept = values_of(plot.x, rows)
-    if plot.kind == "lines" and not (len(swept) > 1 and numbers(swept)):
+    if plot.kind == "lines" and not (numbers(swept) and (len(swept) > 1 or plot.guides)):
         return None
     said: list[str] = []
     rows = _narrow(plot, index, rows, said)
@@ -154,6 +153,8 @@ def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) 
         if left_out:
             said.append(f"{', '.join(left_out)} only in the table")
         rows = [row for row in rows if row.get(param) not in hidden]
+    if plot.kind == "heatmap":
+        rows = _compared(plot, rows, said)
     if plot.fullest is not None and plot.fullest in index:
         best = fullest(plot.fullest, plot.x, rows)
         rows = [row for row in rows if row.get(plot.fullest) == best]
@@ -176,6 +177,24 @@ def _narrow(plot: Plot, index: Sequence[str], rows: list[Row], said: list[str]) 
     return rows
 
 
+def _compared(plot: Plot, rows: list[Row], said: list[str]) -> list[Row]:
+    """Return the cases that are held against a baseline, without the baseline's own."""
+    bases = sorted({row["baseline"] for row in rows if row["baseline"]})
+    said.append(f"over {', '.join(bases)}; above 1 (blue) is faster")
+    others = [
+        row
+        for row in rows
+        if not any(f"{param}={row.get(param)}" in bases for param in plot.columns)
+    ]
+    timed = {values(plot.columns, row) for row in others if row["status"] == "ok"}
+    untimed = [found for found in combinations_of(plot.columns, others) if found not in timed]
+    if untimed:
+        said.append(f"no time at all: {'; '.join(map(label, untimed))}")
+    kept = [row for row in others if values(plot.columns, row) in timed]
+    # A baseline alone is compared with itself rather than with nothing.
+    return kept or rows
+
+
 def _varying(
     plot: Plot, index: Sequence[str], constant: Sequence[str], rows: Sequence[Row]
 ) -> Plot:
@@ -189,7 +208,7 @@ def _varying(
     extra = tuple(further(kept(index), named, rows))
     if plot.kind == "roofline":
         extra = ()  # Its points are cases by themselves, and no line through them folds any.
-    in_panels = plot.kind in ("rounds", "spread", "stack")
+    in_panels = plot.kind in ("rounds", "spread", "stack", "heatmap")
     return replace(
         plot,
         series=kept(plot.series) + (() if in_panels else extra),
@@ -214,9 +233,12 @@ def _split(plot: Plot, rows: list[Row], said: list[str]) -> Scene:
         said.append(f"first {_MOST_SERIES} of {len(series)} series, all are in the table")
         series = series[:_MOST_SERIES]
         rows = [row for row in rows if values(plot.series, row) in series]
-    across = combinations_of(plot.columns, rows)[:_MOST_PANELS]
+    across = combinations_of(plot.columns, rows)
+    if len(across) > plot.most_panels:
+        said.append(f"first {plot.most_panels} of {len(across)} panels, all are in the table")
+        across = across[: plot.most_panels]
     down = combinations_of(plot.rows, rows)
-    most = max(_MOST_PANELS // len(across), 1)
+    most = max(plot.most_panels // len(across), 1)
     if len(down) > most:
         said.append(f"first {most} of {len(down)} rows of panels, all are in the table")
     unit, size = None, 1.0

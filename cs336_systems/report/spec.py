@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["bars", "lines", "rounds", "spread", "roofline", "stack", "timeline"]
+Kind = Literal["bars", "lines", "rounds", "spread", "roofline", "stack", "timeline", "heatmap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,10 @@ class Plot:
     """A measure to draw beside `y`, as a dashed line: what a model says."""
     line_at: float | None = None
     """A level to compare bars with, which then carry their values."""
+    guides: tuple[int, ...] = ()
+    """Powers of `x` drawn behind lines, as slopes to compare theirs with."""
+    most_panels: int = 12
+    """Panels past these are left out, and the picture says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,14 @@ from cs336_systems.parallel import STRATEGIES
 from cs336_systems.report.frame import Row, param_column
 from cs336_systems.report.spec import Study
 from cs336_systems.report.studies_attention import ATTENTION_STUDIES
+from cs336_systems.report.studies_experiments import EXPERIMENT_STUDIES
 from cs336_systems.report.studies_model import MODEL_STUDIES
 from cs336_systems.report.studies_parallel import PARALLEL_STUDIES
 
 # Values with an order of their own; others sort as numbers, then as words.
 _ORDER: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
+    "ratio": ("N_q = N_k", "N_q = 2 N_k", "N_k = 2 N_q"),
     "size": ("tiny", "debug", "small", "medium", "large", "xl", "2.7b", "8b"),
     "precision": ("fp32", "tf32", "fp16", "bf16"),
     "dtype": ("fp32", "tf32", "fp16", "bf16"),
@@ -57,7 +59,13 @@ _TABLES_ONLY = (
 
 STUDIES = {
     study.name: study
-    for study in (*MODEL_STUDIES, *ATTENTION_STUDIES, *PARALLEL_STUDIES, *_TABLES_ONLY)
+    for study in (
+        *MODEL_STUDIES,
+        *ATTENTION_STUDIES,
+        *PARALLEL_STUDIES,
+        *EXPERIMENT_STUDIES,
+        *_TABLES_ONLY,
+    )
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cs336_systems.report import text
@@ -33,6 +33,8 @@ from cs336_systems.report.studies import (
 from cs336_systems.report.versus import versus_tables
 
 _RATES = ("tokens_per_s", "tflops", "intensity", "share_of_peak", "peak_gib", "speedup")
+_SAID = "facts.setting"
+"""A sentence that many cases share, which a note says once."""
 # Past this many cases a reason names only the first ones.
 _NAMED_CASES = 3
 
@@ -127,7 +129,7 @@ def _listing(listing: Listing, index: Sequence[str], rows: Sequence[Row]) -> lis
 def _columns(index: Sequence[str], rows: Sequence[Row]) -> list[str]:
     measures = [name for name in rows[0] if name.startswith(("metrics.", "counts.", "facts."))]
     # Peak bytes are already there in GiB.
-    measures = [name for name in measures if name != "metrics.peak_bytes"]
+    measures = [name for name in measures if name not in ("metrics.peak_bytes", _SAID)]
     mixed = [name for name in ("clock", "cache") if len({row[name] for row in rows}) > 1]
     candidates = [*TIME_COLUMNS, "rounds", "warmup_rounds", *_RATES, *measures]
     filled = [name for name in candidates if any(row[name] is not None for row in rows)]
@@ -220,6 +222,7 @@ def _measured_notes(rows: Sequence[Row]) -> list[str]:
         values = sorted({row[names] for row in rows if row["median_ms"] is not None})
         if values:
             notes.append(f"{names.capitalize()}: {'; '.join(known[value] for value in values)}.")
+    notes += [f"{said}." for said in dict.fromkeys(row[_SAID] for row in rows if row.get(_SAID))]
     calls = sorted({row["calls_per_round"] or 1 for row in rows if row["median_ms"] is not None})
     if calls and calls[-1] > 1:
         numbers = ", ".join(map(str, calls))
@@ -252,9 +255,10 @@ def _outcome_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def markdown(section: Section) -> str:
-    """Return a section as a Markdown document."""
+def markdown(section: Section, pictures: Mapping[str, str] | None = None) -> str:
+    """Return a section as a Markdown document, with pictures by address and title."""
     parts = [f"# {section.heading}", section.study.shows]
+    parts += [f"![{title}]({address})" for address, title in (pictures or {}).items()]
     for table in section.tables:
         parts += [f"## {table.title}", markdown_table(table)]
     parts.append("\n".join(f"- {escape(note)}" for note in section.notes))

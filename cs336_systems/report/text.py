@@ -44,6 +44,10 @@ _HEADERS = {
     "megabytes": "message (MB)",
     "bucket_mb": "bucket (MiB)",
     "communication": "gradients travel in",
+    "tier": "tier: longer of N_q and N_k (tokens)",
+    "queries": "queries N_q (tokens)",
+    "keys": "keys N_k (tokens)",
+    "ratio": "queries to keys",
 }
 _NAMES = {
     "before_backward_bytes": "memory before backward",
@@ -57,6 +61,8 @@ _NAMES = {
     "communication_ms": "communication (ms)",
     "gather_wait_ms": "waiting for gathers (ms)",
     "over_none": "time over none's (x)",
+    "over_alone": "tokens/s over none's (x)",
+    "epoch_s": "wall time per epoch (s)",
     "over_peer": "time over torch's (x)",
     "call_us": "all-reduce of no size (us)",
     "link_gb_per_s": "large all-reduce (GB/s)",
@@ -65,7 +71,16 @@ _NAMES = {
     "predicted_held_bytes": "held after the step, predicted",
     "ratio": "ratio, ours to the other (x)",
 }
-_SHORT = {"d": "d", "seq": "seq", "context": "context", "size": "size", "warmup": "warm-up asked"}
+_SHORT = {
+    "d": "d",
+    "seq": "seq",
+    "context": "context",
+    "size": "size",
+    "warmup": "warm-up asked",
+    "tier": "tier",
+    "queries": "N_q",
+    "keys": "N_k",
+}
 _UNITS = {
     "ms": "ms",
     "us": "us",
