@@ -155,6 +155,15 @@ def test_rank_that_cannot_even_write_its_stack(hasty_ranks: RankPool) -> None:
     assert str(caught.value).endswith("stack of rank 1:\n(it wrote none)")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts tests in the background has them ignore interruptions."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_call_leaves_no_rank(ranks: RankPool) -> None:
     with ended_promptly(ranks):
         timer = threading.Timer(0.5, _thread.interrupt_main)
