@@ -29,11 +29,14 @@ from cs336_systems.train.config import (
 )
 from cs336_systems.train.corpus import CorpusConfig, Piece, read_corpus
 from cs336_systems.train.loop import TrainResult, train
+from cs336_systems.train.run_log import read_log
 from cs336_systems.train.step import Stepper
 from cs336_systems.train.tokenizer import BpeTokenizer
 from cs336_systems.train.tokens import encode_corpus
 
 VOCAB_SIZE = 300
+# Eight steps of a few hundred operations each, amplified by what AdamW divides by.
+ROUNDING = 2.0**12 * torch.finfo(torch.float32).eps
 SMALL = PipelineConfig(
     model=ModelSection(preset="debug", context_length=16),
     training=TrainingConfig(
@@ -129,6 +132,15 @@ def _load_alone(folder: Path) -> tuple[dict[str, Any], int]:
 
 def weights(out: str | Path) -> dict[str, Tensor]:
     return torch.load(Path(out) / "model.pt", weights_only=True)
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    """Return a log without what depends on the clock."""
+    timed = {"tokens_per_s", "tflops", "seconds"}
+    return [
+        {name: value for name, value in line.items() if name not in timed}
+        for line in read_log(out / "log.jsonl")
+    ]
 
 
 def error_of(data: str, out: str, changes: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import loop_runs
 import pytest
 import torch
 from checkpoint_ranks import same
-from loop_runs import make_data, run, saved, weights
+from loop_runs import ROUNDING, make_data, run, saved, weights
 
 from cs336_systems.parallel import STRATEGIES
 from cs336_systems.parallel.environment import init_from_environment
@@ -20,8 +20,6 @@ from cs336_systems.train.run_log import read_log
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
 
 OURS = [name for name, row in STRATEGIES.items() if not row.peer and name != "none"]
-# As in the tests of a run in one process.
-ROUNDING = 2.0**12 * torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(scope="module")
