@@ -28,6 +28,7 @@ class Zero1(FlashDDP):
     """
 
     strategy = "zero1"
+    compiles_whole = False
 
     def __init__(self, module: nn.Module, *, overlap: bool = True, **options: Any) -> None:
         super().__init__(module, **options)
@@ -45,6 +46,12 @@ class Zero1(FlashDDP):
         )
         self._waits.add(optimizer)
         return optimizer
+
+    def full_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the plain module's optimizer would return, on rank 0 alone."""
+        assert isinstance(optimizer, ShardedOptimizer)
+        optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if self.rank == 0 else {}
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over the parameters, up to date."""
