@@ -151,6 +151,21 @@ class DataParallel(nn.Module):
         """Return the state with whole tensors, on every rank."""
         return self.state_dict()
 
+    def load_full_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `full_state_dict` of any strategy gave, on every rank."""
+        self.load_state_dict(state)
+
+    def full_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the plain module's optimizer would return, at least on rank 0; call it on
+        every rank."""
+        return optimizer.state_dict()
+
+    def load_full_optimizer_state_dict(
+        self, optimizer: Optimizer, state: Mapping[str, Any]
+    ) -> None:
+        """Load what `full_optimizer_state_dict` of any strategy gave, on every rank."""
+        optimizer.load_state_dict(dict(state))
+
     # What a strategy defines.
 
     def _reduce(self) -> None:

@@ -93,6 +93,13 @@ def save(
         _delete_old(directory, keep)
 
 
+def exists(directory: str | Path, *, group: Group = None) -> bool:
+    """Tell whether there is anything to load, damaged or not; rank 0 looks for all ranks."""
+    rank, _ = _place(group)
+    found = _together(lambda: rank == 0 and bool(_candidates(Path(directory))), "look", group)
+    return _exchange(found, group)[0]
+
+
 def load(directory: str | Path, *, group: Group = None) -> tuple[dict[str, Any], int]:
     """Return this rank's state in the latest checkpoint that is undamaged, and its step.
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from cs336_systems.errors import UsageError, bad
 from cs336_systems.parallel.base import DataParallel
@@ -83,7 +88,45 @@ class TorchFSDP2(DataParallel):
         """Return the state with whole tensors, on every rank."""
         return get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True))
 
+    def load_full_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load whole tensors, given to every rank."""
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.module, dict(state), options=options)
+
+    def full_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the plain module's optimizer would return, on every rank."""
+        packed = optimizer.state_dict()
+        state = {
+            number: {name: _whole(value) for name, value in values.items()}
+            for number, values in packed["state"].items()
+        }
+        return {**packed, "state": state}
+
+    def load_full_optimizer_state_dict(
+        self, optimizer: Optimizer, state: Mapping[str, Any]
+    ) -> None:
+        """Load this rank's parts of a state with whole tensors."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        local = {
+            number: {name: _part(value, parameters[number]) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        optimizer.load_state_dict({**state, "state": local})
+
     def _mesh(self) -> DeviceMesh:
         if self.group is not None:
             return DeviceMesh.from_group(self.group, self._device.type)
         return DeviceMesh(self._device.type, list(range(self.world_size)))
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _part(value: Any, parameter: Tensor) -> Any:
+    """Return this rank's part of what has its parameter's shape; anything else as it is."""
+    is_like = isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+    if not (is_like and isinstance(parameter, DTensor)):
+        return value
+    on_device = value.to(parameter.device)
+    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)

@@ -36,3 +36,9 @@ class TorchZero(TorchDDP):
             parameters_as_bucket_view=True,
             **kwargs,
         )
+
+    def full_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the plain module's optimizer would return, on rank 0 alone."""
+        assert isinstance(optimizer, ZeroRedundancyOptimizer)
+        optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if self.rank == 0 else {}

@@ -46,6 +46,12 @@ class Zero1(FlashDDP):
         self._waits.add(optimizer)
         return optimizer
 
+    def full_optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return what the plain module's optimizer would return, on rank 0 alone."""
+        assert isinstance(optimizer, ShardedOptimizer)
+        optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if self.rank == 0 else {}
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over the parameters, up to date."""
         self._waits.wait_for_all()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from cs336_systems.attention import ATTENTION, DEFAULT_ATTENTION
 from cs336_systems.config import ModelConfig, preset
 from cs336_systems.errors import UsageError, bad, unknown
@@ -35,6 +37,7 @@ __all__ = [
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "torch_adamw")
 DEVICES = ("cpu", "cuda")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ class TrainingConfig:
     attention_kernel: str = DEFAULT_ATTENTION
     # A row of the table of data-parallel strategies.
     ddp_wrapper: str = "none"
-    # Options of that strategy, e.g. {"bucket_size_mb": 25}; dtypes by torch's names.
+    # Options of that strategy, e.g. {"bucket_size_mb": 25}; dtypes as fp32, bf16 or fp16.
     ddp_options: dict[str, Any] = field(default_factory=dict)
     # Processes that train together, each on a device of its own.
     num_ranks: int = 1
@@ -196,9 +199,11 @@ class TrainingConfig:
             names = option_names(STRATEGIES[self.ddp_wrapper].load())
             # The group is the program's to make.
             known = [name for name in names if name != "group"]
-            for name in self.ddp_options:
+            for name, value in self.ddp_options.items():
                 if name not in known:
                     raise unknown("training", f"ddp_options of {self.ddp_wrapper}", known, name)
+                if name.endswith("dtype") and value is not None and value not in DTYPES:
+                    raise unknown("training", f"ddp_options {name}", DTYPES, value)
 
     @property
     def rank_batch_size(self) -> int:
