@@ -1,0 +1,1 @@
+"""The project's commands: train a model from text, and compare kernels and wrappers."""
