@@ -15,9 +15,10 @@ from cs336_systems.errors import UsageError
 from cs336_systems.parallel.checkpoint import CheckpointError
 from cs336_systems.train.config import PipelineConfig, read_config
 from cs336_systems.train.data_stages import DataStages
+from cs336_systems.train.loop import train
 from cs336_systems.train.overrides import OneLineParser, add_options, overridden
 from cs336_systems.train.pipeline_checks import check_before_work, with_ranks_of_environment
-from cs336_systems.train.pipeline_training import Training
+from cs336_systems.train.pipeline_training import Train, Training
 from cs336_systems.train.rank_turn import RankTurn
 from cs336_systems.train.run_folder import StoppedError, alone_in, stopping
 
@@ -64,14 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(config: PipelineConfig, *, skip_data: bool = False) -> int:
+def run(config: PipelineConfig, *, skip_data: bool = False, train: Train = train) -> int:
     """Bring a run up to date and return the exit status; under torchrun, as one of its ranks.
+
+    `train` is what each rank in this process calls.
 
     Raises: UsageError for what a user can change, StoppedError when stopped before training.
     """
     config = with_ranks_of_environment(config)
     folder = Path(config.output_dir)
-    training = Training(config, folder)
+    training = Training(config, folder, train)
     stages = DataStages(config, folder / "data", say=_say)
     turn = RankTurn()
     if turn.rank > 0:

@@ -12,8 +12,10 @@ import torch
 from cs336_systems.attention import ATTENTION
 from cs336_systems.errors import UsageError, bad
 from cs336_systems.parallel import STRATEGIES
+from cs336_systems.table import has_compiler
 from cs336_systems.train.config import PipelineConfig, TrainingConfig, read_config, to_dict
 from cs336_systems.train.corpus import source_files
+from cs336_systems.train.sinks import check_sinks
 from cs336_systems.train.state import check_identity, identity
 
 
@@ -40,6 +42,7 @@ def check_before_work(config: PipelineConfig, folder: Path, *, skip_data: bool) 
     """
     _check_devices(config.training)
     _check_implementations(config.training)
+    check_sinks(config.logging)
     if not skip_data:
         source_files(config.corpus)
     if config.checkpointing.resume and any(folder.glob("checkpoints/*")):
@@ -70,6 +73,8 @@ def _check_implementations(training: TrainingConfig) -> None:
         raise bad("training", "attention_kernel", rule, training.attention_kernel)
     if (unmet := STRATEGIES[training.ddp_wrapper].unmet(device=device)) is not None:
         raise bad("training", "ddp_wrapper", f"run here: {unmet.reason}", training.ddp_wrapper)
+    if training.compile != "eager" and not has_compiler():
+        raise bad("training", "compile", "be eager without a C++ compiler", training.compile)
 
 
 def _check_same_run(config: PipelineConfig, path: Path) -> None:

@@ -22,6 +22,7 @@ from cs336_systems.train.rank_turn import is_launched
 from cs336_systems.train.run_folder import StoppedError
 from cs336_systems.train.stages import Stage
 
+Train = Callable[..., TrainResult]
 _OUTPUTS = ("model.pt", "model_config.json", "sample.txt", "loss.png", "result.json")
 _BACKENDS = {None: None, "cpu": "gloo", "cuda": "nccl"}
 
@@ -32,7 +33,7 @@ class Training:
 
     config: PipelineConfig
     folder: Path
-    train: Callable[..., TrainResult] = train
+    train: Train = train
 
     @property
     def config_path(self) -> Path:
@@ -104,7 +105,10 @@ class Training:
             file.write(described.encode() + b"\n")
         if result.was_interrupted:
             step = f"step {result.final_step} of {self.config.training.num_steps}"
-            print(f"training: stopped at {step} and saved; the same command goes on from there")
+            again = (
+                "the same command" if self.config.checkpointing.resume else "checkpointing.resume"
+            )
+            print(f"training: stopped at {step} and saved; {again} goes on from there", flush=True)
             return
         self.stage(data).record()
         self.show()

@@ -21,8 +21,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _HOST = "127.0.0.1"
 _POLL_S = 0.05
-# How long peers of a failed rank may take to notice and say what they saw.
-_GRACE_S = 10.0
 _SHOWN_BYTES = 4000
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -47,10 +45,11 @@ class Launched:
     stopped_by: signal.Signals | None
 
 
-def launch(command: Sequence[str], num_ranks: int) -> Launched:
+def launch(command: Sequence[str], num_ranks: int, *, grace_s: float = 10.0) -> Launched:
     """Run `command` on each of `num_ranks` ranks that find each other as under torchrun.
 
-    SIGTERM and SIGINT go to every rank. When one fails, the others are ended soon after.
+    SIGTERM and SIGINT go to every rank. When one fails, the others have `grace_s` to notice and to
+    say what they saw.
     """
     # Served from here on a port that the system chose, so that no port can be taken already.
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
@@ -68,7 +67,7 @@ def launch(command: Sequence[str], num_ranks: int) -> Launched:
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
             )
             processes.append(process)
-        _wait(processes)
+        _wait(processes, grace_s)
         ended = [
             Ended(rank, process.returncode, _end_of(output))
             for rank, (process, output) in enumerate(zip(processes, outputs, strict=False))
@@ -109,11 +108,11 @@ def _passed_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[signal
             signal.signal(number, handler)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+def _wait(processes: list[subprocess.Popen[bytes]], grace_s: float) -> None:
     deadline = float("inf")
-    while any(process.poll() is None for process in processes):
-        if deadline == float("inf") and any(process.returncode for process in processes):
-            deadline = time.monotonic() + _GRACE_S
+    while None in (statuses := [process.poll() for process in processes]):
+        if deadline == float("inf") and any(statuses):
+            deadline = time.monotonic() + grace_s
         if time.monotonic() > deadline:
             _kill(processes)
         time.sleep(_POLL_S)
