@@ -76,7 +76,7 @@ class Training:
         if self.config.training.num_ranks == 1 or is_launched():
             return self.as_rank(data)
         command = [sys.executable, "-m", "cs336_systems.train.pipeline_rank", str(self.config_path)]
-        return _status(launch(command, self.config.training.num_ranks))
+        return exit_status(launch(command, self.config.training.num_ranks))
 
     def as_rank(self, data: Data) -> int:
         """Train as the rank that this process is, and return its exit status."""
@@ -126,18 +126,17 @@ class Training:
         return 0
 
 
-def _status(launched: Launched) -> int:
+def exit_status(launched: Launched) -> int:
     """Say which rank failed, unless rank 0 has said it for all, and return the exit status."""
     failed = [rank for rank in launched.ranks if rank.status]
     if failed and launched.stopped_by is not None:
         raise StoppedError(launched.stopped_by)
-    is_users_fault = any(rank.status == 2 for rank in failed)
-    if is_users_fault and failed[0].rank == 0 and failed[0].status == 2:
-        return 2
-    for rank in failed:
+    # Rank 0 has said on the terminal what was the user's fault; others mostly say the same.
+    unsaid = [rank for rank in failed if launched.ranks[0].status != 2 or rank.status != 2]
+    for rank in unsaid:
         print(
             f"training: rank {rank.rank} of {len(launched.ranks)} ended with status {rank.status}"
             + (f", its last lines:\n{rank.printed}" if rank.printed else ""),
             file=sys.stderr,
         )
-    return 2 if is_users_fault else int(bool(failed))
+    return 2 if any(rank.status == 2 for rank in failed) else int(bool(failed))

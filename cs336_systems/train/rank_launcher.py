@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,8 @@ def _variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         # The store is there already: rank 0 must not serve one too.
         "TORCHELASTIC_USE_AGENT_STORE": str(True),
+        # What this program has found, it has perhaps put on its path itself.
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
 

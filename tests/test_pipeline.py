@@ -1,0 +1,453 @@
+"""Does one command lead from text to a trained model, again from where it was, or say why not?"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import environment, wait_until
+
+from cs336_systems.attention import ATTENTION
+from cs336_systems.errors import UsageError
+from cs336_systems.train import tokenizer as bpe
+from cs336_systems.train.config import CorpusConfig, PipelineConfig, from_dict, read_config, to_dict
+from cs336_systems.train.corpus import END_OF_TEXT, read_corpus
+from cs336_systems.train.loop import TrainResult
+from cs336_systems.train.pipeline import DEFAULT_CONFIG, main, run
+from cs336_systems.train.pipeline_checks import with_ranks_of_environment
+from cs336_systems.train.pipeline_training import exit_status
+from cs336_systems.train.rank_launcher import Ended, Launched
+from cs336_systems.train.run_folder import StoppedError, alone_in
+from cs336_systems.train.stories import stories
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+
+SCRIPT = Path(__file__).parents[1] / "cs336_systems" / "experiments" / "run_pipeline.py"
+# Nats a token on the validation split; to guess all 1024 tokens alike costs 6.9. The whole run's
+# 500 steps end at about 1.3.
+BOUND_AFTER_40_STEPS = 3.5
+
+
+def small(folder: Path, **sections: dict[str, Any]) -> PipelineConfig:
+    """Return a run of seconds; `sections` replace fields."""
+    data: dict[str, dict[str, Any]] = {
+        "corpus": {"megabytes": 0.05},
+        "tokenizer": {"vocab_size": 300},
+        "model": {"preset": "debug", "context_length": 16},
+        "training": {"num_steps": 6, "warmup_steps": 2, "batch_size": 4, "device": "cpu"},
+        "evaluation": {"num_batches": 1, "sample_tokens": 8},
+        "logging": {"progress": False},
+    }
+    for name, fields in sections.items():
+        data[name] = {**data.get(name, {}), **fields}
+    return from_dict(PipelineConfig, {"output_dir": str(folder / "out"), **data})
+
+
+def written(config: PipelineConfig, folder: Path) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    return str(path)
+
+
+class StandIn:
+    """Training that takes no time, and remembers what it was given."""
+
+    def __init__(self, *, stops_at: int | None = None) -> None:
+        self.stops_at = stops_at
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, config: PipelineConfig, **given: Any) -> TrainResult:
+        folder: Path = given["output_dir"]
+        saved = read_config(PipelineConfig, folder / "config.json")
+        self.calls.append({"config": config, "saved": saved, **given})
+        for name in ("model.pt", "model_config.json", "sample.txt", "loss.png"):
+            (folder / name).write_text("trained")
+        return TrainResult(
+            final_step=self.stops_at or config.training.num_steps,
+            train_loss=2.0,
+            validation_loss=None if self.stops_at else 1.5,
+            perplexity=None if self.stops_at else 4.48,
+            sample="Once there was a kite.",
+            was_interrupted=self.stops_at is not None,
+            log_path=folder / "log.jsonl",
+            curve_path=folder / "loss.png",
+            checkpoint_dir=folder / "checkpoints",
+        )
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], start: str = "training") -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(start)]
+
+
+def test_training_gets_the_data_and_finds_its_config_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, train = small(tmp_path), StandIn()
+    assert run(config, train=train) == 0
+    (call,) = train.calls
+    assert call["config"] == call["saved"] == config
+    assert call["tokenizer"].vocab_size == 300
+    for split in ("train", "validation"):
+        assert call[f"{split}_tokens"].exists()
+    assert capsys.readouterr().out.endswith("sample: Once there was a kite.\n")
+
+
+def test_what_is_trained_is_shown_and_not_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, train = small(tmp_path), StandIn()
+    run(config, train=train)
+    first = lines_of(capsys)
+    assert run(config, train=train) == 0
+    assert len(train.calls) == 1
+    assert first[0] == "training: runs, not done yet"
+    assert lines_of(capsys) == [
+        "training: up to date (config, tokenizer, tokens unchanged)",
+        "training: step 6, train loss 2.000, validation loss 1.500 (perplexity 4.48)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"training": {"num_steps": 9}}, "training.num_steps changed from 6 to 9"),
+        ({"evaluation": {"top_k": None}}, "evaluation.top_k changed from 50 to null"),
+        ({"tokenizer": {"vocab_size": 290}}, "tokenizer changed, tokens changed"),
+        ({"checkpointing": {"resume": False}}, "checkpointing.resume is false"),
+    ],
+)
+def test_training_that_has_something_to_do_says_what(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sections: dict[str, dict[str, Any]],
+    reason: str,
+) -> None:
+    train = StandIn()
+    run(small(tmp_path), train=train)
+    capsys.readouterr()
+    assert run(small(tmp_path, **sections), train=train) == 0
+    assert lines_of(capsys)[0] == f"training: runs, {reason}"
+    assert len(train.calls) == 2
+
+
+def test_a_lost_model_is_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, train = small(tmp_path), StandIn()
+    run(config, train=train)
+    (tmp_path / "out" / "model.pt").unlink()
+    run(config, train=train)
+    assert "training: runs, model.pt is missing" in lines_of(capsys)
+    assert len(train.calls) == 2
+
+
+def test_training_that_was_stopped_goes_on_with_the_same_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path)
+    assert run(config, train=StandIn(stops_at=4)) == 0
+    line = "training: stopped at step 4 of 6 and saved; the same command goes on from there"
+    assert lines_of(capsys)[-1] == line
+    again = StandIn()
+    assert run(config, train=again) == 0
+    assert len(again.calls) == 1
+    assert run(config, train=again) == 0
+    assert len(again.calls) == 1
+
+
+def test_data_of_before_is_trained_on_without_a_look_at_the_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(small(tmp_path), train=StandIn(stops_at=1))
+    capsys.readouterr()
+    train = StandIn()
+    gone = small(tmp_path, corpus={"source": "file:gone.txt"})
+    assert run(gone, skip_data=True, train=train) == 0
+    assert len(train.calls) == 1
+    assert lines_of(capsys, "corpus") == []
+
+
+def test_another_run_in_the_folder_is_refused_before_its_tokens_are_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(small(tmp_path), train=StandIn())
+    (tmp_path / "out" / "checkpoints" / "000001-step-6").mkdir(parents=True)
+    before = (tmp_path / "out" / "data" / "train.npy").read_bytes()
+    for sections, name in [
+        ({"tokenizer": {"vocab_size": 290}}, "tokenizer.vocab_size must be 300"),
+        ({"corpus": {"seed": 1}}, "corpus.seed must be 0"),
+        ({"training": {"seed": 1}}, "training.seed must be 0"),
+    ]:
+        with pytest.raises(UsageError, match=f"^resume: {name} as in the checkpoint, got "):
+            run(small(tmp_path, **sections), train=StandIn())
+        anew = sections | {"checkpointing": {"resume": False}}
+        assert (tmp_path / "out" / "data" / "train.npy").read_bytes() == before
+    assert run(small(tmp_path, **anew), train=StandIn()) == 0
+
+
+def test_one_run_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    with (
+        alone_in(Path(config.output_dir)),
+        pytest.raises(UsageError, match="output_dir must be a folder that no other run is writing"),
+    ):
+        run(config, train=StandIn())
+    assert run(config, train=StandIn()) == 0
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    left = [tmp_path / "out" / "config.json.1.part", tmp_path / "out/data/train.npy.1.part"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    run(config, train=StandIn())
+    assert not [path for path in left if path.exists()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_leaves_nothing_half_written(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    def train(config: PipelineConfig, **given: Any) -> TrainResult:
+        with alone_in(tmp_path / "other"):
+            os.kill(os.getpid(), number)
+        raise AssertionError("the signal was not heeded")
+
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedError, match=f"stopped by {number.name}; the same command goes on"):
+        run(small(tmp_path), train=train)
+    assert signal.getsignal(number) is before
+    assert not list(tmp_path.glob("**/*.part"))
+    # The folder is free again.
+    assert run(small(tmp_path), train=StandIn()) == 0
+
+
+TEXT = END_OF_TEXT.join(islice(stories(0), 30)).encode()
+# Each is something that a user gave, and a part of the line that answers it.
+BAD_OPTIONS: list[tuple[list[str], str]] = [
+    (["--config", "none.json"], "config: none.json: No such file or directory"),
+    (["--training.num_steps", "many"], "training: num_steps must be an integer, got 'many'"),
+    (["--training.steps", "3"], "unrecognized arguments: --training.steps 3"),
+    (["--tokenizer.vocab_size", "256"], "tokenizer: vocab_size must be at least 257"),
+    (["--corpus.source", "web"], "source must be builtin, tinystories or file:PATH, got 'web'"),
+    (["--corpus.source", "file:none.txt"], "file:PATH must name text files, got 'none.txt'"),
+    (["--corpus.source", "file:empty.txt"], "file:PATH must hold text, got 'empty.txt"),
+    (["--corpus.source", "file:latin.txt"], "latin.txt must be UTF-8 text, got byte 0xe9 at"),
+    (["--corpus.source", "file:one.txt"], "text must hold at least 2 documents, one for each"),
+    (["--model.context_length", "100000"], "tokens for train, got 'at most"),
+    (["--model.context_length", "9000"], "context_length + 1 = 9001 tokens"),
+    (["--training.num_ranks", "2"], "ddp_wrapper must communicate when num_ranks is 2"),
+    (["--skip_data"], "skip_data: needs the files of an earlier run: tokenizer: "),
+    (["--output_dir", "empty.txt"], "pipeline: empty.txt cannot be written: File exists"),
+    (["--output_dir", "empty.txt/x"], "pipeline: empty.txt/x cannot be written: Not a directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS)
+def test_bad_options_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    for name, text in {"empty": b"", "latin": b"caf\xe9", "one": b"one", "good": TEXT}.items():
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    config = small(Path(), corpus={"source": "file:good.txt"})
+    monkeypatch.chdir(tmp_path)
+    path = written(config, Path())
+    assert main(["--config", path, *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert "training" not in said.out
+    assert not list(tmp_path.glob("out/**/*.npy.part"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json must be JSON: "),
+        ("[]", "config: section must be a mapping of fields, got []"),
+        ('{"trainning": {}}', "config: field must be one of name, output_dir, corpus, tokenizer,"),
+        ('{"training": {"steps": 1}}', "training: field must be one of num_steps, batch_size,"),
+        ('{"training": {"num_steps": "1"}}', "training: num_steps must be an integer, got '1'"),
+        ('{"training": 3}', "training: section must be a mapping of fields, got 3"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_touches_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(text)
+    assert main(["--config", "config.json"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path)
+    run(config, train=StandIn())
+    other = bpe.train(read_corpus(CorpusConfig(megabytes=0.02)), 280)
+    other.save(tmp_path / "out" / "data" / "tokenizer.json")
+    capsys.readouterr()
+    assert main(["--config", written(config, tmp_path), "--skip_data"]) == 2
+    assert "must be encoded by the tokenizer with sha256" in capsys.readouterr().err
+
+
+ELSEWHERE = [name for name, row in ATTENTION.items() if row.unmet(device="cpu", dtype="bf16")]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_kernel_that_cannot_run_here_is_refused_before_any_work(
+    tmp_path: Path, name: str
+) -> None:
+    config = small(tmp_path, training={"attention_kernel": name, "precision": "bf16"})
+    with pytest.raises(UsageError, match=f"attention_kernel must run here: .*, got '{name}'$"):
+        run(config, train=StandIn())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "num_ranks", "message"),
+    [
+        (0, 1, "training: device must be cpu or null where no CUDA device is, got 'cuda'"),
+        (1, 2, "num_ranks must be at most the 1 CUDA device here, or training.device be cpu"),
+        (2, 4, "num_ranks must be at most the 2 CUDA devices here, or training.device be cpu"),
+    ],
+)
+def test_fewer_gpus_than_asked_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_ranks: int, message: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    config = small(
+        tmp_path,
+        training={"device": "cuda", "num_ranks": num_ranks, "ddp_wrapper": "naive"},
+    )
+    with pytest.raises(UsageError, match=message):
+        run(config, train=StandIn())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_says_how_many_ranks_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, training={"ddp_wrapper": "naive"})
+    two = replace(config, training=replace(config.training, num_ranks=2))
+    assert with_ranks_of_environment(config) == config
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert with_ranks_of_environment(config) == with_ranks_of_environment(two) == two
+    four = replace(config, training=replace(config.training, num_ranks=4))
+    with pytest.raises(UsageError, match="num_ranks must be the 2 ranks that were launched, got 4"):
+        with_ranks_of_environment(four)
+    with pytest.raises(UsageError, match="ddp_wrapper must communicate when num_ranks is 2"):
+        with_ranks_of_environment(small(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "named"),
+    [
+        ([0, 0], 0, []),
+        ([1, 0], 1, ["rank 0 of 2 ended with status 1"]),
+        ([0, 3], 1, ["rank 1 of 2 ended with status 3, its last lines:", "words of 1"]),
+        ([0, 2], 2, ["rank 1 of 2 ended with status 2, its last lines:", "words of 1"]),
+        # Rank 0 has said in its one line what the others say too.
+        ([2, 2], 2, []),
+        ([2, 1], 2, ["rank 1 of 2 ended with status 1, its last lines:", "words of 1"]),
+        ([-9, -9], 1, ["rank 0 of 2 ended with status -9", "rank 1 of 2 ended with status -9"]),
+    ],
+)
+def test_the_rank_that_failed_is_named(
+    capsys: pytest.CaptureFixture[str], statuses: list[int], expected: int, named: list[str]
+) -> None:
+    printed = [f"words of {rank}" if rank else "" for rank in range(2)]
+    ranks = [Ended(rank, status, printed[rank]) for rank, status in enumerate(statuses)]
+    assert exit_status(Launched(ranks, None)) == expected
+    said = capsys.readouterr().err
+    assert [words for words in named if words not in said] == []
+    assert said == "" or named
+
+
+def test_ranks_that_were_stopped_before_they_could_save() -> None:
+    ranks = [Ended(0, -15, ""), Ended(1, -9, "")]
+    with pytest.raises(StoppedError, match="stopped by SIGTERM") as caught:
+        exit_status(Launched(ranks, signal.SIGTERM))
+    assert caught.value.number == signal.SIGTERM
+    assert exit_status(Launched([Ended(0, 0, ""), Ended(1, 0, "")], signal.SIGTERM)) == 0
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--no-logging.progress", *arguments]
+
+
+def without_paths() -> dict[str, str]:
+    """An environment as a user has it, in a fresh clone."""
+    variables = environment(OMP_NUM_THREADS="1")
+    del variables["PYTHONPATH"]
+    return variables
+
+
+def test_the_default_command_from_a_clone(tmp_path: Path) -> None:
+    fewer = ["--training.num_steps", "40", "--training.warmup_steps", "10"]
+    fewer += ["--evaluation.num_batches", "2", "--evaluation.sample_tokens", "32"]
+    done = subprocess.run(
+        command(*fewer), cwd=tmp_path, env=without_paths(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"sample: {read_config(PipelineConfig, DEFAULT_CONFIG).evaluation.sample_prompt}" in (
+        done.stdout
+    )
+    folder = tmp_path / "artifacts" / "default"
+    assert json.loads((folder / "result.json").read_text())["validation_loss"] < (
+        BOUND_AFTER_40_STEPS
+    )
+    saved = read_config(PipelineConfig, folder / "config.json")
+    assert (saved.training.num_steps, saved.corpus.megabytes) == (40, 4)
+    for name in ("model.pt", "model_config.json", "sample.txt", "loss.png", "log.jsonl"):
+        assert (folder / name).stat().st_size > 0
+    assert not list(folder.glob("**/*.part"))
+
+
+def test_two_ranks_are_stopped_and_go_on(tmp_path: Path) -> None:
+    config = small(
+        tmp_path,
+        training={"num_ranks": 2, "ddp_wrapper": "flashddp", "num_steps": 300},
+        evaluation={"interval": 0},
+    )
+    arguments = command("--config", written(config, tmp_path))
+    log = tmp_path / "out" / "log.jsonl"
+    environment_ = without_paths()
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment_, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert wait_until(lambda: log.exists() and '"step": 10,' in log.read_text(), 60)
+        first.send_signal(signal.SIGTERM)
+        out, _ = first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert "and saved; the same command goes on from there" in out
+    stopped_at = json.loads((tmp_path / "out" / "result.json").read_text())["final_step"]
+    assert 10 <= stopped_at < 300
+    again = subprocess.run(
+        arguments, cwd=tmp_path, env=environment_, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "tokens: up to date (tokenizer, corpus unchanged)" in again.stdout
+    assert f"-step-{stopped_at}" in again.stderr
+    assert "training: step 300, train loss" in again.stdout
