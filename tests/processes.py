@@ -36,7 +36,8 @@ def environment(**variables: str) -> dict[str, str]:
     """Return an environment in which this checkout and its tests' modules are found."""
     names = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     tests = Path(__file__).parent
-    return {**names, "PYTHONPATH": f"{tests.parent}:{tests}", **variables}
+    here = f"{tests.parent}:{tests.parent / 'cs336-basics'}:{tests}"
+    return {**names, "PYTHONPATH": here, **variables}
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:

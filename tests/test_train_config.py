@@ -48,7 +48,7 @@ def test_defaults_survive_json() -> None:
     training=st.builds(
         TrainingConfig,
         num_steps=st.integers(50, 10**6),
-        batch_size=st.integers(1, 8).map(lambda n: 12 * n),
+        batch_size=st.integers(1, 8).map(lambda n: 24 * n),
         micro_batch_size=st.sampled_from([None, 1, 2, 3]),
         num_ranks=st.sampled_from([1, 2, 4]),
         betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
@@ -109,6 +109,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"training": {"ddp_wrapper": "flashddp", "ddp_options": {"bucket": 1}}},
         "training: ddp_options of flashddp must be one of bucket_size_mb, ",
     ),
+    (
+        {"training": {"ddp_wrapper": "fsdp", "ddp_options": {"compute_dtype": "int"}}},
+        "training: ddp_options compute_dtype must be one of fp32, bf16, fp16, got 'int'",
+    ),
+    (
+        {"training": {"ddp_wrapper": "fsdp", "compile": "model"}},
+        "training: compile must be eager or blocks with fsdp, which works between layers, got",
+    ),
+    ({"training": {"seed": 2**32}}, "training: seed must be below 2^32, got 4294967296"),
     ({"training": {"ddp_options": [1]}}, "training: ddp_options must be a mapping of options, got"),
     ({"model": {"preset": "huge"}}, "model config: preset must be one of debug, tiny, "),
     ({"model": {"num_heads": 3}}, "model config: num_heads must divide d_model (128), got 3"),

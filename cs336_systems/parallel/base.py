@@ -45,6 +45,8 @@ class DataParallel(nn.Module):
     """
 
     strategy: ClassVar[str]
+    compiles_whole: ClassVar[bool] = True
+    """Whether the module may be compiled as one graph, which what happens between layers breaks."""
 
     def __init__(
         self,

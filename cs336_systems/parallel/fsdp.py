@@ -59,6 +59,7 @@ class FullyShardedDataParallel(DataParallel):
     """
 
     strategy = "fsdp"
+    compiles_whole = False
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class TorchFSDP2(DataParallel):
     """
 
     strategy = "torch_fsdp2"
+    compiles_whole = False
 
     def __init__(
         self,

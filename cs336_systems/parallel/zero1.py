@@ -28,6 +28,7 @@ class Zero1(FlashDDP):
     """
 
     strategy = "zero1"
+    compiles_whole = False
 
     def __init__(self, module: nn.Module, *, overlap: bool = True, **options: Any) -> None:
         super().__init__(module, **options)

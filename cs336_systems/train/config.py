@@ -156,6 +156,8 @@ class TrainingConfig:
         self._check_names()
         _at_least("training", self, 1, "num_steps", "batch_size", "num_ranks")
         _at_least("training", self, 0, "warmup_steps", "weight_decay", "eps", "seed")
+        if self.seed >= 2**32:
+            raise bad("training", "seed", "be below 2^32", self.seed)
         if not 0 <= self.min_learning_rate <= self.max_learning_rate:
             rule = f"be between 0 and max_learning_rate ({self.max_learning_rate})"
             raise bad("training", "min_learning_rate", rule, self.min_learning_rate)
@@ -195,6 +197,10 @@ class TrainingConfig:
                 f"training: ddp_wrapper must communicate when num_ranks is {self.num_ranks}, "
                 "got 'none', with which each rank would train alone"
             )
+        # A strategy is imported only where something is to be asked of it.
+        if self.compile == "model" and not STRATEGIES[self.ddp_wrapper].load().compiles_whole:
+            rule = f"be eager or blocks with {self.ddp_wrapper}, which works between layers"
+            raise bad("training", "compile", rule, self.compile)
         if self.ddp_options:
             names = option_names(STRATEGIES[self.ddp_wrapper].load())
             # The group is the program's to make.

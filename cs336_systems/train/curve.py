@@ -33,7 +33,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str, guessing
         axes.axhline(guessing, color="#8C8C8C", linestyle=":", label=f"guessing {guessing:.2f}")
         axes.set(title=title, xlabel="step", ylabel="cross-entropy (nats per token)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
+        axes.legend(loc="upper right")  # where a falling loss is not
         FigureCanvasAgg(figure)
         with replacing(path) as file:
             figure.savefig(file, format="png")
