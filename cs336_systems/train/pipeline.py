@@ -1,15 +1,24 @@
 """`python -m cs336_systems.train.pipeline --config FILE`: corpus, tokenizer, tokens, training.
 
-Exit status 0: trained, up to date, or told to stop and saved; 2: a user's fault, in one line.
+The default config trains the tiny preset on this Python's own text, on two CPU cores in about a
+minute, to a validation loss below 1.7 nats a token (guessing costs 6.9); 40 of its steps already
+come below 3.5. Exit status 0: trained, up to date, or told to stop and saved; 2: a user's fault, in
+one line; 128 and more: stopped by a signal before there was something to save.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# Read when torch is loaded. Threads that spin while they wait for one another slow a small model
+# down fivefold on a machine whose cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from cs336_systems.errors import UsageError
 from cs336_systems.parallel.checkpoint import CheckpointError
