@@ -6,7 +6,6 @@ come below 3.5. Exit status 0: trained, up to date, or told to stop and saved; 2
 one line; 128 and more: stopped by a signal before there was something to save.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
