@@ -95,4 +95,15 @@ _WARMUP = Study(
     ),
 )
 
-MODEL_STUDIES = (_MODEL_PASS, _WARMUP)
+_TRAIN_LOOP = Study(
+    name="train_loop",
+    title="The training loop's own steps",
+    shows="Steps of the loop, with its data, schedule and log, beside the bare step of the model.",
+    index=(*_MODEL_POINT, "how"),
+    pivots=(
+        Pivot(title="Median ms per step", rows=("size", "context", *_MODEL_VARIANT), columns="how"),
+    ),
+    plots=(),
+)
+
+MODEL_STUDIES = (_MODEL_PASS, _WARMUP, _TRAIN_LOOP)

@@ -197,19 +197,19 @@ class TrainingConfig:
                 f"training: ddp_wrapper must communicate when num_ranks is {self.num_ranks}, "
                 "got 'none', with which each rank would train alone"
             )
-        # A strategy is imported only where something is to be asked of it.
-        if self.compile == "model" and not STRATEGIES[self.ddp_wrapper].load().compiles_whole:
+        if not self.ddp_options and self.compile != "model":
+            return  # and nothing is imported that nobody has asked for
+        strategy: Any = STRATEGIES[self.ddp_wrapper].load()
+        if self.compile == "model" and not strategy.compiles_whole:
             rule = f"be eager or blocks with {self.ddp_wrapper}, which works between layers"
             raise bad("training", "compile", rule, self.compile)
-        if self.ddp_options:
-            names = option_names(STRATEGIES[self.ddp_wrapper].load())
-            # The group is the program's to make.
-            known = [name for name in names if name != "group"]
-            for name, value in self.ddp_options.items():
-                if name not in known:
-                    raise unknown("training", f"ddp_options of {self.ddp_wrapper}", known, name)
-                if name.endswith("dtype") and value is not None and value not in DTYPES:
-                    raise unknown("training", f"ddp_options {name}", DTYPES, value)
+        # The group is the program's to make.
+        known = [name for name in option_names(strategy) if name != "group"]
+        for name, value in self.ddp_options.items():
+            if name not in known:
+                raise unknown("training", f"ddp_options of {self.ddp_wrapper}", known, name)
+            if name.endswith("dtype") and value is not None and value not in list(DTYPES):
+                raise unknown("training", f"ddp_options {name}", DTYPES, value)
 
     @property
     def rank_batch_size(self) -> int:

@@ -168,13 +168,10 @@ class _Run:
 
     def _do_what_is_due(self, reporter: Reporter) -> None:
         is_evaluated = self._is_due(self.config.evaluation.interval)
-        is_logged = is_evaluated or self._is_due(self.config.logging.interval)
-        if is_logged:
+        if is_evaluated or self._is_due(self.config.logging.interval):
             self._log(reporter, is_evaluated=is_evaluated)
         if self._is_due(self.config.checkpointing.checkpointing_interval):
             self._save()
-        if is_logged:
-            self.throughput.restart()
 
     def _is_due(self, interval: int) -> bool:
         is_last = self.step == self.config.training.num_steps
@@ -189,9 +186,11 @@ class _Run:
             "grad_norm": self.losses.norm,
             **self.throughput.rates(),
         }
+        self.throughput.restart()
         if is_evaluated:
             loss = self._evaluate()
             line |= {"validation_loss": loss, "perplexity": perplexity(loss), "sample": self.sample}
+            self.throughput.restart()  # evaluating is no training; logging and saving are
         reporter.write(line)
 
     def _evaluate(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -41,6 +42,8 @@ class Reporter:
             desc=config.name,
             unit="step",
             dynamic_ncols=True,
+            # In a file every refresh is a line of its own.
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
         self._exit.callback(self._bar.close)
         if self._is_first:

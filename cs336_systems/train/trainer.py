@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from cs336_systems.train.loop import TrainResult, train
 from cs336_systems.train.overrides import OneLineParser, add_options, overridden
 from cs336_systems.train.tokenizer import BpeTokenizer
 
+_SILENCE_S = 2.0
 _BACKENDS = {None: None, "cpu": "gloo", "cuda": "nccl"}
 
 
@@ -92,9 +94,11 @@ def _train(config: PipelineConfig, options: argparse.Namespace, *, is_first: boo
 
 
 def _complain(error: Exception, rank: str) -> None:
-    """Print one line; ranks beside the first say which they are."""
-    line = f"{error}\n" if rank == "0" else f"[rank {rank}] {error}\n"
-    sys.stderr.write(line)
+    """Print one line. What all ranks say the first one says for them: when it has failed, the
+    launcher ends the others before they speak."""
+    if rank != "0":
+        time.sleep(_SILENCE_S)
+    sys.stderr.write(f"{error}\n" if rank == "0" else f"[rank {rank}] {error}\n")
     sys.stderr.flush()
 
 
