@@ -7,26 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline_runs import StandIn, small, written
 from processes import environment, wait_until
 
-from cs336_systems.attention import ATTENTION
 from cs336_systems.errors import UsageError
-from cs336_systems.train import tokenizer as bpe
-from cs336_systems.train.config import CorpusConfig, PipelineConfig, from_dict, read_config, to_dict
-from cs336_systems.train.corpus import END_OF_TEXT, read_corpus
+from cs336_systems.train.config import PipelineConfig, read_config
 from cs336_systems.train.loop import TrainResult
-from cs336_systems.train.pipeline import DEFAULT_CONFIG, main, run
-from cs336_systems.train.pipeline_checks import with_ranks_of_environment
+from cs336_systems.train.pipeline import DEFAULT_CONFIG, run
 from cs336_systems.train.pipeline_training import exit_status
 from cs336_systems.train.rank_launcher import Ended, Launched
 from cs336_systems.train.run_folder import StoppedError, alone_in
-from cs336_systems.train.stories import stories
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
 
@@ -34,53 +28,6 @@ SCRIPT = Path(__file__).parents[1] / "cs336_systems" / "experiments" / "run_pipe
 # Nats a token on the validation split; to guess all 1024 tokens alike costs 6.9. The whole run's
 # 300 steps end at about 1.4.
 BOUND_AFTER_40_STEPS = 3.5
-
-
-def small(folder: Path, **sections: dict[str, Any]) -> PipelineConfig:
-    """Return a run of seconds; `sections` replace fields."""
-    data: dict[str, dict[str, Any]] = {
-        "corpus": {"megabytes": 0.05},
-        "tokenizer": {"vocab_size": 300},
-        "model": {"preset": "debug", "context_length": 16},
-        "training": {"num_steps": 6, "warmup_steps": 2, "batch_size": 4, "device": "cpu"},
-        "evaluation": {"num_batches": 1, "sample_tokens": 8},
-        "logging": {"progress": False},
-    }
-    for name, fields in sections.items():
-        data[name] = {**data.get(name, {}), **fields}
-    return from_dict(PipelineConfig, {"output_dir": str(folder / "out"), **data})
-
-
-def written(config: PipelineConfig, folder: Path) -> str:
-    path = folder / "config.json"
-    path.write_text(json.dumps(to_dict(config)))
-    return str(path)
-
-
-class StandIn:
-    """Training that takes no time, and remembers what it was given."""
-
-    def __init__(self, *, stops_at: int | None = None) -> None:
-        self.stops_at = stops_at
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, config: PipelineConfig, **given: Any) -> TrainResult:
-        folder: Path = given["output_dir"]
-        saved = read_config(PipelineConfig, folder / "config.json")
-        self.calls.append({"config": config, "saved": saved, **given})
-        for name in ("model.pt", "model_config.json", "sample.txt", "loss.png"):
-            (folder / name).write_text("trained")
-        return TrainResult(
-            final_step=self.stops_at or config.training.num_steps,
-            train_loss=2.0,
-            validation_loss=None if self.stops_at else 1.5,
-            perplexity=None if self.stops_at else 4.48,
-            sample="Once there was a kite.",
-            was_interrupted=self.stops_at is not None,
-            log_path=folder / "log.jsonl",
-            curve_path=folder / "loss.png",
-            checkpoint_dir=folder / "checkpoints",
-        )
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], start: str = "training") -> list[str]:
@@ -227,137 +174,6 @@ def test_a_signal_before_training_leaves_nothing_half_written(
     assert not list(tmp_path.glob("**/*.part"))
     # The folder is free again.
     assert run(small(tmp_path), train=StandIn()) == 0
-
-
-TEXT = END_OF_TEXT.join(islice(stories(0), 30)).encode()
-# Each is something that a user gave, and a part of the line that answers it.
-BAD_OPTIONS: list[tuple[list[str], str]] = [
-    (["--config", "none.json"], "config: none.json: No such file or directory"),
-    (["--training.num_steps", "many"], "training: num_steps must be an integer, got 'many'"),
-    (["--training.steps", "3"], "unrecognized arguments: --training.steps 3"),
-    (["--tokenizer.vocab_size", "256"], "tokenizer: vocab_size must be at least 257"),
-    (["--corpus.source", "web"], "source must be builtin, tinystories or file:PATH, got 'web'"),
-    (["--corpus.source", "file:none.txt"], "file:PATH must name text files, got 'none.txt'"),
-    (["--corpus.source", "file:empty.txt"], "file:PATH must hold text, got 'empty.txt"),
-    (["--corpus.source", "file:latin.txt"], "latin.txt must be UTF-8 text, got byte 0xe9 at"),
-    (["--corpus.source", "file:one.txt"], "text must hold at least 2 documents, one for each"),
-    (["--model.context_length", "100000"], "tokens for train, got 'at most"),
-    (["--model.context_length", "9000"], "context_length + 1 = 9001 tokens"),
-    (["--training.num_ranks", "2"], "ddp_wrapper must communicate when num_ranks is 2"),
-    (["--skip_data"], "skip_data: needs the files of an earlier run: tokenizer: "),
-    (["--output_dir", "empty.txt"], "pipeline: empty.txt cannot be written: File exists"),
-    (["--output_dir", "empty.txt/x"], "pipeline: empty.txt/x cannot be written: Not a directory"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_OPTIONS)
-def test_bad_options_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
-    for name, text in {"empty": b"", "latin": b"caf\xe9", "one": b"one", "good": TEXT}.items():
-        (tmp_path / f"{name}.txt").write_bytes(text)
-    config = small(Path(), corpus={"source": "file:good.txt"})
-    monkeypatch.chdir(tmp_path)
-    path = written(config, Path())
-    assert main(["--config", path, *arguments]) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert "training" not in said.out
-    assert not list(tmp_path.glob("out/**/*.npy.part"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "config.json must be JSON: "),
-        ("[]", "config: section must be a mapping of fields, got []"),
-        ('{"trainning": {}}', "config: field must be one of name, output_dir, corpus, tokenizer,"),
-        ('{"training": {"steps": 1}}', "training: field must be one of num_steps, batch_size,"),
-        ('{"training": {"num_steps": "1"}}', "training: num_steps must be an integer, got '1'"),
-        ('{"training": 3}', "training: section must be a mapping of fields, got 3"),
-    ],
-)
-def test_a_bad_config_is_one_line_and_touches_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    text: str,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("config.json").write_text(text)
-    assert main(["--config", "config.json"]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-    assert os.listdir(tmp_path) == ["config.json"]
-
-
-def test_tokens_of_another_tokenizer_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = small(tmp_path)
-    run(config, train=StandIn())
-    other = bpe.train(read_corpus(CorpusConfig(megabytes=0.02)), 280)
-    other.save(tmp_path / "out" / "data" / "tokenizer.json")
-    capsys.readouterr()
-    assert main(["--config", written(config, tmp_path), "--skip_data"]) == 2
-    assert "must be encoded by the tokenizer with sha256" in capsys.readouterr().err
-
-
-ELSEWHERE = [name for name, row in ATTENTION.items() if row.unmet(device="cpu", dtype="bf16")]
-
-
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_a_kernel_that_cannot_run_here_is_refused_before_any_work(
-    tmp_path: Path, name: str
-) -> None:
-    config = small(tmp_path, training={"attention_kernel": name, "precision": "bf16"})
-    with pytest.raises(UsageError, match=f"attention_kernel must run here: .*, got '{name}'$"):
-        run(config, train=StandIn())
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "num_ranks", "message"),
-    [
-        (0, 1, "training: device must be cpu or null where no CUDA device is, got 'cuda'"),
-        (1, 2, "num_ranks must be at most the 1 CUDA device here, or training.device be cpu"),
-        (2, 4, "num_ranks must be at most the 2 CUDA devices here, or training.device be cpu"),
-    ],
-)
-def test_fewer_gpus_than_asked_are_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_ranks: int, message: str
-) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
-    config = small(
-        tmp_path,
-        training={"device": "cuda", "num_ranks": num_ranks, "ddp_wrapper": "naive"},
-    )
-    with pytest.raises(UsageError, match=message):
-        run(config, train=StandIn())
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_launcher_says_how_many_ranks_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small(tmp_path, training={"ddp_wrapper": "naive"})
-    two = replace(config, training=replace(config.training, num_ranks=2))
-    assert with_ranks_of_environment(config) == config
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert with_ranks_of_environment(config) == with_ranks_of_environment(two) == two
-    four = replace(config, training=replace(config.training, num_ranks=4))
-    with pytest.raises(UsageError, match="num_ranks must be the 2 ranks that were launched, got 4"):
-        with_ranks_of_environment(four)
-    with pytest.raises(UsageError, match="ddp_wrapper must communicate when num_ranks is 2"):
-        with_ranks_of_environment(small(tmp_path))
 
 
 @pytest.mark.parametrize(
