@@ -30,6 +30,13 @@ _WORDS = {"forward_backward": "forward + backward", "full_step": "full step"}
 
 _TABLES_ONLY = (
     Study(
+        name="encoding",
+        title="Encoding a corpus",
+        shows="Text into token files by the pipeline, beside the `tokenizers` library in memory.",
+        index=("encoder", "megabytes"),
+        plots=(),
+    ),
+    Study(
         name="accumulation",
         title="Accumulating in low precision",
         shows="What a long sum comes to when terms and accumulator are held in different dtypes.",

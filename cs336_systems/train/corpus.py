@@ -182,6 +182,19 @@ def _docstrings(source: Path) -> Iterator[str]:
 
 
 def _files(config: CorpusConfig) -> Iterator[tuple[str, bool]]:
+    for path in source_files(config):
+        yield from read_file(path, config.separator)
+
+
+def source_files(config: CorpusConfig) -> list[Path]:
+    """Return the files that the text is read from, those to be downloaded among them.
+
+    Raises: UsageError when `file:PATH` names none.
+    """
+    if config.source == "builtin":
+        return []
+    if config.source == "tinystories":
+        return [Path(config.download_dir) / name for name in _TINYSTORIES_FILES.values()]
     pattern = config.source.removeprefix("file:")
     if Path(pattern).is_dir():
         paths = sorted(Path(pattern).glob("*.txt"))
@@ -191,8 +204,7 @@ def _files(config: CorpusConfig) -> Iterator[tuple[str, bool]]:
         paths = [Path(path) for path in sorted(glob.glob(pattern))]
     if not paths:
         raise bad("corpus", "file:PATH", "name text files", pattern)
-    for path in paths:
-        yield from read_file(path, config.separator)
+    return paths
 
 
 def read_file(path: Path, separator: str) -> Iterator[tuple[str, bool]]:

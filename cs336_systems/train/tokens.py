@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -239,6 +240,8 @@ _worker_tokenizer: BpeTokenizer
 
 def _start_worker(json_text: str) -> None:
     global _worker_tokenizer
+    # A Ctrl-C reaches every process of the terminal; the one that feeds this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are the parallelism; threads in each would fight for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = BpeTokenizer(json_text)
