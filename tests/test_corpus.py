@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from cs336_systems.train import corpus
 from cs336_systems.train.corpus import (
     END_OF_TEXT,
     PIECE_CHARS,
+    TINYSTORIES_URL,
     CorpusConfig,
     Piece,
     cut,
@@ -170,6 +172,25 @@ def test_a_config_that_breaks_a_rule(fields: dict, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         CorpusConfig(**fields)
     assert str(caught.value) == f"corpus: {message}"
+
+
+def test_the_public_files_are_asked_for_with_their_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, str | None] = {}
+
+    def download(url: str, path: Path, *, sha256: str | None, patience: object) -> None:
+        asked[url] = sha256
+        path.write_text("A story.")
+
+    monkeypatch.setattr("cs336_systems.train.corpus.download", download)
+    config = CorpusConfig(source="tinystories", download_dir=str(tmp_path))
+    assert [piece.text for piece in read_corpus(config)] == ["A story.", "A story."]
+    assert list(asked) == [
+        f"{TINYSTORIES_URL}/TinyStoriesV2-GPT4-{split}.txt" for split in ("train", "valid")
+    ]
+    assert all(re.fullmatch("[0-9a-f]{64}", sha256 or "") for sha256 in asked.values())
+    assert len(set(asked.values())) == 2
 
 
 def test_tinystories_is_downloaded_once_and_split_by_file(tmp_path: Path) -> None:

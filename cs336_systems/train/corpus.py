@@ -29,10 +29,18 @@ _BREAK_CHARS = 1 << 12
 # here has the same tokens as a whole one.
 _BREAK = re.compile(r"(?<=\S)[ \n]")
 
-TINYSTORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
+# A revision that cannot change, and what its files are.
+TINYSTORIES_URL = (
+    "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+    "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+)
 _TINYSTORIES_FILES: dict[Split, str] = {
     "train": "TinyStoriesV2-GPT4-train.txt",
     "validation": "TinyStoriesV2-GPT4-valid.txt",
+}
+_TINYSTORIES_SHA256: dict[Split, str] = {
+    "train": "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+    "validation": "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
 }
 # Modules of the standard library whose source has much prose in it.
 _PROSE_MODULES = [
@@ -124,7 +132,10 @@ def read_corpus(
     """
     if config.source == "tinystories":
         for split, name in _TINYSTORIES_FILES.items():
-            path = download(f"{url}/{name}", Path(config.download_dir) / name, patience=patience)
+            # Another server, a mirror say, may have another version.
+            sha256 = _TINYSTORIES_SHA256[split] if url == TINYSTORIES_URL else None
+            path = Path(config.download_dir) / name
+            download(f"{url}/{name}", path, sha256=sha256, patience=patience)
             for text, ends in read_file(path, END_OF_TEXT):
                 yield Piece(text, ends, split)
         return
