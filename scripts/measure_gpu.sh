@@ -9,7 +9,7 @@
 set -euo pipefail
 parts="basics, large, xl, 2.7b, warmup, attention, whole, flash_sweep_bf16, flash_sweep_fp32,\
  flash_sweep_compiled, flash_shapes, flash_details, all_reduce, data_parallel,\
- data_parallel_bf16, data_parallel_buckets"
+ data_parallel_bf16, data_parallel_buckets, train_loop, lm_matrix, attention_sweep"
 part=${1:?name a part: $parts}
 out=${2:?name the directory for the JSON files}
 cd "$(dirname "$0")/.."
@@ -57,6 +57,9 @@ data_parallel_bf16)
     measure "$part" benchmarks/bench_data_parallel.py -k "not buckets" --communications=bf16
     ;;
 data_parallel_buckets) measure "$part" benchmarks/bench_data_parallel.py -k buckets ;;
+train_loop) measure "$part" benchmarks/bench_train_loop.py ;;
+lm_matrix) measure "$part" benchmarks/bench_lm_matrix.py ;;
+attention_sweep) measure "$part" benchmarks/bench_attention_sweep.py ;;
 all_reduce) measure all_reduce benchmarks/bench_all_reduce.py --max-seconds=10 ;;
 *)
     echo "measure_gpu.sh: PART must be one of $parts, got '$part'" >&2
