@@ -150,7 +150,6 @@ class FakeSuite:
         self.leave: Callable[[Path], int] = lambda path: 0
         monkeypatch.setattr(suite, "_pytest", self._run)
         monkeypatch.setattr(suite, "this_machine", lambda device: "a machine")
-        monkeypatch.setattr(attention, "this_machine", lambda device: "a machine")
 
     def _run(self, experiment: suite.Experiment, path: Path, done: Sequence[str]) -> int:
         self.skipped.append(sum(len(suite.finished_cases([Path(name)])) for name in done))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -72,13 +70,3 @@ def file_path(where: str, name: str, given: Path) -> str:
     if not given.is_file():
         raise bad(where, name, "be a file", str(given))
     return str(given.resolve())
-
-
-def typed(module: str, arguments: Sequence[str]) -> str:
-    """Return the command that the user typed, as results are stamped with it."""
-    return shlex.join(["python", "-m", module, *arguments])
-
-
-def command_line(arguments: Sequence[str] | None) -> list[str]:
-    """Return the arguments given, those of the process when there are none."""
-    return list(sys.argv[1:] if arguments is None else arguments)

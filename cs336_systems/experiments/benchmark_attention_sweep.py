@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ from cs336_systems.attention import ATTENTION
 from cs336_systems.errors import bad
 from cs336_systems.experiments.arguments import (
     add_common,
-    command_line,
     known,
     new_parser,
-    typed,
     whole,
 )
-from cs336_systems.experiments.suite import Experiment, finish, this_machine
+from cs336_systems.experiments.suite import run_command
 
 WHERE = "benchmark_attention_sweep"
 MODULE = f"cs336_systems.experiments.{WHERE}"
@@ -134,21 +131,9 @@ def options_of(given: argparse.Namespace) -> list[str]:
     return options + ([f"--device={given.device}"] if given.device else [])
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the sweep and return the exit status."""
-    given = parser().parse_args(arguments)
-    experiment = Experiment(
-        study="attention_sweep",
-        options=tuple(options_of(given)),
-        output_dir=given.output_dir.resolve(),
-        command=typed(MODULE, arguments),
-    )
-    return experiment.run(this_machine(given.device))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    return finish(partial(run, command_line(arguments)))
+    return run_command("attention_sweep", MODULE, parser(), options_of, arguments)
 
 
 if __name__ == "__main__":

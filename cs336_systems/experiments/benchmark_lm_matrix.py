@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,12 @@ if not __package__:
 from cs336_systems.attention import ATTENTION
 from cs336_systems.experiments.arguments import (
     add_common,
-    command_line,
     file_path,
     known,
     new_parser,
-    typed,
     whole,
 )
-from cs336_systems.experiments.suite import Experiment, finish, this_machine
+from cs336_systems.experiments.suite import run_command
 from cs336_systems.parallel import STRATEGIES
 
 WHERE = "benchmark_lm_matrix"
@@ -123,21 +120,9 @@ def options_of(given: argparse.Namespace) -> list[str]:
     return options + ([f"--device={given.device}"] if given.device else [])
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the matrix and return the exit status."""
-    given = parser().parse_args(arguments)
-    experiment = Experiment(
-        study="lm_matrix",
-        options=tuple(options_of(given)),
-        output_dir=given.output_dir.resolve(),
-        command=typed(MODULE, arguments),
-    )
-    return experiment.run(this_machine(given.device))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    return finish(partial(run, command_line(arguments)))
+    return run_command("lm_matrix", MODULE, parser(), options_of, arguments)
 
 
 if __name__ == "__main__":

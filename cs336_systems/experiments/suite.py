@@ -6,9 +6,11 @@ when it was cut short, and the report in the end.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -148,10 +150,27 @@ def this_machine(device: str | None) -> str:
     return json.dumps({name: facts.get(name) for name in ("kind", "name", "count", "torch")})
 
 
-def finish(main: Callable[[], int]) -> int:
-    """Call a command and return its exit status; a user's fault is one line and 2."""
+def run_command(
+    study: str,
+    module: str,
+    parser: argparse.ArgumentParser,
+    options_of: Callable[[argparse.Namespace], list[str]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run a study's command line and return the exit status; a user's fault is one line and 2.
+
+    `options_of` turns what the user has given into pytest's options.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return main()
+        given = parser.parse_args(arguments)
+        experiment = Experiment(
+            study=study,
+            options=tuple(options_of(given)),
+            output_dir=given.output_dir.resolve(),
+            command=shlex.join(["python", "-m", module, *arguments]),
+        )
+        return experiment.run(this_machine(given.device))
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
