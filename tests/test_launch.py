@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +16,11 @@ import launch_cases as cases
 import pytest
 import torch
 from hypothesis import example, given
+from processes import PROMPT_S, is_running, wait_until
 from ranks import pool
 
 from cs336_systems.errors import UsageError
+from cs336_systems.parallel import rank_handle
 from cs336_systems.parallel.launch import RankFailedError, RankPool, run_on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
@@ -170,3 +176,56 @@ def test_each_rank_has_its_own_gpu() -> None:
 @pytest.mark.gpu
 def test_a_single_rank_on_a_gpu() -> None:
     assert run_on_ranks(cases.cuda_device, 1, backend="nccl")[0][0] == 0
+
+
+# --- how they start ---
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux only")
+
+
+@ON_LINUX
+def test_ranks_are_forks_of_one_process_until_the_environment_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with RankPool(2, timeout_s=30) as first, RankPool(1, timeout_s=30) as second:
+        parents = {*first.run(os.getppid), *second.run(os.getppid)}
+        assert len(parents) == 1
+        assert os.getpid() not in parents
+        for number in range(3):
+            monkeypatch.setenv("CS336_NUMBER", str(number))
+            with RankPool(1, timeout_s=30) as other:
+                assert other.run(os.getenv, "CS336_NUMBER") == [str(number)]
+                assert parents.isdisjoint(other.run(os.getppid))
+        # Theirs is asked for no more ranks by now, and still looks after those it has.
+        assert first.run(os.getenv, "CS336_NUMBER") == [None, None]
+        with pytest.raises(RankFailedError, match="exited with code 3 without an answer"):
+            first.run(cases.exit_process, 3)
+
+
+@ON_LINUX
+def test_ranks_end_with_the_process_that_looks_after_them_and_others_start(
+    ranks: RankPool,
+) -> None:
+    nursery, _ = ranks.run(os.getppid)
+    before = ranks.run(cases.pid)
+    os.kill(nursery, signal.SIGKILL)
+    with pytest.raises(RankFailedError, match="was killed by SIGKILL"):
+        ranks.run(time.sleep, 20)
+    assert wait_until(lambda: not any(map(is_running, before)), PROMPT_S)
+    assert set(ranks.run(cases.pid)).isdisjoint(before)
+
+
+@pytest.mark.parametrize("how", ["forked", "anew"])
+def test_ranks_are_where_their_parent_is(
+    how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "anew":
+        monkeypatch.setattr(rank_handle, "fork_rank", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    with RankPool(1, timeout_s=30) as own:
+        assert own.run(os.getcwd) == [str(tmp_path)]
+        own.run(print, "said by a rank")
+        assert own.run(os.getpgrp) == own.run(os.getpid)
+        is_child = own.run(os.getppid) == [os.getpid()]
+    assert is_child == (how == "anew" or sys.platform != "linux")
+    assert "said by a rank" in capfd.readouterr().out

@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
+from cs336_systems.parallel.rank_nursery import fork_rank
 from cs336_systems.parallel.rank_process import Failure
 
 # multiprocessing's own spawn would run the parent's program again in each rank, pytest say, and
@@ -37,16 +39,11 @@ class RankHandle:
         self._backend = backend
         self._stacks = Path(folder) / f"rank{number}.stacks"
         self.connection, theirs = Pipe()
-        path = [entry for entry in sys.path if isinstance(entry, str)]
-        settings = {"path": path, "fd": theirs.fileno(), "folder": folder, "rank": number}
-        warn_options = [f"-W{option}" for option in sys.warnoptions]
+        settings = {"folder": folder, "rank": number}
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, *warn_options, "-c", _BOOT, json.dumps(settings)],
-                env=_environment(backend),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
+            environment = _environment(backend)
+            self._process = fork_rank(settings, environment, theirs) or _start_anew(
+                settings, environment, theirs
             )
 
     def send(self, request: bytes) -> None:
@@ -96,6 +93,21 @@ class RankHandle:
         is_echo = self._backend == "nccl" and -code == signal.SIGABRT
         summary = f"was killed by {signal.Signals(-code).name}"
         return Failure(summary, self.stacks(), is_echo, died_s)
+
+
+def _start_anew(
+    settings: dict[str, Any], environment: dict[str, str], theirs: Connection
+) -> subprocess.Popen[bytes]:
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    told = json.dumps({"path": path, "fd": theirs.fileno(), **settings})
+    warn_options = [f"-W{option}" for option in sys.warnoptions]
+    return subprocess.Popen(
+        [sys.executable, *warn_options, "-c", _BOOT, told],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,
+    )
 
 
 def wait_for_any(ranks: Sequence[RankHandle], limit_s: float) -> list[RankHandle]:
