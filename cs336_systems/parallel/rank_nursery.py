@@ -179,10 +179,11 @@ def _close_all() -> None:
 
 def tend(fd: int) -> NoReturn:
     """Fork a rank for each request until the process that asks goes away."""
-    import torch.distributed.checkpoint  # noqa: F401 - with all that it imports of torch
+    import torch.distributed.checkpoint  # with all that it imports of torch
 
     import cs336_systems.parallel.rank_process  # noqa: F401
 
+    assert not torch.cuda.is_initialized(), "a fork could not use the GPU"
     control = socket.socket(fileno=fd)
     ended, noticed = os.pipe()
     for descriptor in (ended, noticed):
