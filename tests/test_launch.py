@@ -204,15 +204,17 @@ def test_ranks_are_forks_of_one_process_until_the_environment_changes(
 
 @ON_LINUX
 def test_ranks_end_with_the_process_that_looks_after_them_and_others_start(
-    ranks: RankPool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nursery, _ = ranks.run(os.getppid)
-    before = ranks.run(cases.pid)
-    os.kill(nursery, signal.SIGKILL)
-    with pytest.raises(RankFailedError, match="was killed by SIGKILL"):
-        ranks.run(time.sleep, 20)
-    assert wait_until(lambda: not any(map(is_running, before)), PROMPT_S)
-    assert set(ranks.run(cases.pid)).isdisjoint(before)
+    # Another environment has another one: that of this process' other pools must live on.
+    monkeypatch.setenv("CS336_NUMBER", "of its own")
+    with RankPool(2, timeout_s=30) as own:
+        before = own.run(cases.pid)
+        os.kill(own.run(os.getppid)[0], signal.SIGKILL)
+        with pytest.raises(RankFailedError, match="was killed by SIGKILL"):
+            own.run(time.sleep, 20)
+        assert wait_until(lambda: not any(map(is_running, before)), PROMPT_S)
+        assert set(own.run(cases.pid)).isdisjoint(before)
 
 
 @pytest.mark.parametrize("how", ["forked", "anew"])
