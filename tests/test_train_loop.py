@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_ranks import same
 from cs336_basics.model import BasicsTransformerLM
-from loop_runs import ROUNDING, make_data, run, saved, weights
+from loop_runs import ROUNDING, make_data, run, run_broken, saved, weights
 from torch import Tensor, nn
 
 from cs336_systems.errors import UsageError
@@ -47,7 +48,7 @@ def test_a_run_and_its_files(data: str, tmp_path: Path) -> None:
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert list(lines[0]) == [
-        *("step", "loss", "lr", "grad_norm"),
+        *("step", "loss", "mean_loss", "lr", "grad_norm"),
         *("tokens_per_s", "tflops", "share_of_peak", "seconds"),
     ]
     assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]
@@ -70,6 +71,18 @@ def test_a_run_and_its_files(data: str, tmp_path: Path) -> None:
     ]
     model = BasicsTransformerLM.from_pretrained(tmp_path)
     assert same(dict(model.state_dict()), saved(tmp_path)[0]["model"])
+
+
+def test_a_line_has_the_mean_of_its_steps_also_across_an_interruption(
+    data: str, tmp_path: Path
+) -> None:
+    every, second = tmp_path / "every", tmp_path / "second"
+    run(data, str(every), {"logging.interval": 1})
+    losses = [line["loss"] for line in read_log(every / "log.jsonl")]
+    assert [line["mean_loss"] for line in read_log(every / "log.jsonl")] == losses
+    run_broken(data, str(second), {"logging.interval": 4}, 3)
+    means = [line["mean_loss"] for line in read_log(second / "log.jsonl")]
+    assert means == [fmean(losses[:4]), fmean(losses[4:])]
 
 
 def test_the_loss_falls_on_text_that_ships_with_python(data: str, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_two_ranks_are_one_and_resume_to_the_bit(
     assert second.validation_loss == result.validation_loss
     assert same(weights(broken), weights(whole))
     assert same(*(saved(out)[0] for out in (broken, whole)))
-    assert numbers(broken, "loss") == numbers(whole, "loss")
+    for name in ("loss", "mean_loss"):
+        assert numbers(broken, name) == numbers(whole, name)
     assert [line["step"] for line in read_log(broken / "log.jsonl")] == [2, 4, 6, 8]
 
 

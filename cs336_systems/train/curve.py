@@ -26,7 +26,8 @@ def draw_curve(lines: Sequence[dict[str, Any]], path: Path, title: str, guessing
     with matplotlib.rc_context({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
         axes = figure.add_subplot()
-        steps, losses = _points(lines, "loss")
+        # A line's mean over its steps: batches differ more than the model does.
+        steps, losses = _points(lines, "mean_loss")
         axes.plot(steps, losses, color=_TRAINING, linewidth=1.2, label="training")
         steps, losses = _points(lines, "validation_loss")
         axes.plot(steps, losses, "o-", color=_VALIDATION, markersize=4, label=_named(losses))

@@ -182,6 +182,7 @@ class _Run:
         line: dict[str, Any] = {
             "step": self.step,
             "loss": self.losses.loss,
+            "mean_loss": self.losses.take_mean(),
             "lr": learning_rate(self.config.training, self.step),
             "grad_norm": self.losses.norm,
             **self.throughput.rates(),
@@ -218,6 +219,7 @@ class _Run:
             "identity": self.inputs.identity,
             "step": self.step,
             "loss": self.losses.loss,
+            "losses_since_line": self.losses.since_line,
             "seconds": self.throughput.seconds,
         }
         self.saver.save(capture(self.model, self.optimizer, about), self.step)
@@ -235,4 +237,5 @@ class _Run:
             raise bad("resume", "training.num_steps", rule, num_steps)
         restore(state, self.model, self.optimizer)
         self.saved_step, self.losses.loss = self.step, state["loss"]
+        self.losses.since_line = list(state["losses_since_line"])
         return float(state["seconds"])

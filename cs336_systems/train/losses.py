@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Losses:
         """Of the last step that was read."""
         self.norm: float | None = None
         """Of its gradients before clipping."""
+        self.since_line: list[float] = []
+        """Of the steps read since the last line of the log."""
 
     def add(self, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Note a step without waiting for it."""
@@ -50,4 +53,10 @@ class Losses:
             for name, value in (("loss", loss), ("gradients' norm", norm)):
                 if not math.isfinite(value):
                     raise UsageError(f"train: {name} must be finite, got {value} at step {step}")
+        self.since_line += both[0]
         self.loss, self.norm = both[0][-1], both[1][-1] if has_norms else None
+
+    def take_mean(self) -> float:
+        """Return the mean loss of the steps since the last line of the log, and begin the next."""
+        taken, self.since_line = self.since_line, []
+        return fmean(taken)
