@@ -10,7 +10,7 @@ from typing import Any
 from cases import Selection
 from model_bench import ModelCase, ModelSlot
 
-from cs336_systems.config import preset
+from cs336_systems.config import PRESETS, preset
 from cs336_systems.measure.pytest_plugin import GpuBenchmark
 from cs336_systems.measure.record import Case
 from cs336_systems.measure.workload import Workload
@@ -26,6 +26,7 @@ from cs336_systems.train.config import (
 from cs336_systems.train.corpus import END_OF_TEXT, CorpusConfig, read_corpus
 from cs336_systems.train.loop import train
 from cs336_systems.train.run_log import read_log
+from cs336_systems.train.tokenizer import NUM_BYTES
 from cs336_systems.train.tokenizer import train as train_tokenizer
 from cs336_systems.train.tokens import encode_corpus
 
@@ -35,11 +36,15 @@ WARMUP_ROUNDS = 2
 
 
 def sweep(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
-    """The smallest size at the smallest context: the shorter a step, the more an overhead shows."""
+    """The smallest size at the smallest context: the shorter a step, the more an overhead shows.
+
+    Of sizes whose vocabulary has room for a tokenizer; when none of those chosen has, the smallest.
+    """
+    sizes = [size for size in (*chosen.sizes, *PRESETS) if preset(size).vocab_size > NUM_BYTES]
     known = [precision for precision in chosen.precisions if precision in PRECISIONS]
     wanted = known if chosen.device.type == "cuda" else known[:1]
     return "size, context, precision, how", [
-        (chosen.sizes[0], chosen.contexts[0], precision, how)
+        (sizes[0], chosen.contexts[0], precision, how)
         for precision in wanted
         for how in ("bare step", "loop")
         if not chosen.gate
@@ -115,7 +120,7 @@ def _steps_of_the_loop(case: ModelCase, record: Case, rounds: int) -> list[float
 def _train(config: PipelineConfig, folder: Path, vocab_size: int) -> Path:
     """Train on builtin text, with a tokenizer that has as many ids as the bare step's model."""
     pieces = list(read_corpus(CorpusConfig(megabytes=0.3)))
-    fillers = [f"<|filler{number}|>" for number in range(vocab_size - 257)]
+    fillers = [f"<|filler{number}|>" for number in range(vocab_size - NUM_BYTES - 1)]
     tokenizer = train_tokenizer(pieces, vocab_size, [END_OF_TEXT, *fillers])
     encode_corpus(pieces, tokenizer, folder)
     result = train(

@@ -67,6 +67,14 @@ def test_gate_selects_timed_and_counted_cases_only() -> None:
     }
 
 
+def test_the_loop_is_timed_on_a_size_that_has_room_for_a_tokenizer() -> None:
+    cases = selected("--sizes=debug", "--contexts=16", "--precisions=fp32", "-k", "train_loop")
+    assert [case.split("[")[1] for case in cases] == [
+        "tiny-16-fp32-bare step]",
+        "tiny-16-fp32-loop]",
+    ]
+
+
 def test_rows_of_every_kind(tmp_path: Path) -> None:
     """A size that cannot fit, a row that is not installed, a pass that is measured, in one run."""
     output = tmp_path / "out.json"
