@@ -123,6 +123,8 @@ class Schedule:
         """Have the weights gathered again before the gradient of `output` goes on."""
         if not entry.reads_weights or not torch.is_grad_enabled():
             return
+        # On another rank a gradient may pass a frozen unit that none passes here.
+        entry.is_watched = entry.is_watched or entry.follows_trained
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 entry.is_watched = True

@@ -10,7 +10,9 @@ from cs336_systems.parallel.fsdp_unit import Unit
 class Entry:
     """One call that entered a unit, at its place in the forward pass."""
 
-    __slots__ = ("is_watched", "position", "reads_weights", "trace", "unit", "version")
+    __slots__ = (
+        *("follows_trained", "is_watched", "position", "reads_weights", "trace", "unit", "version"),
+    )
 
     def __init__(self, unit: Unit, trace: Trace, *, reads_weights: bool) -> None:
         self.unit = unit
@@ -18,6 +20,8 @@ class Entry:
         self.position = len(trace.entries)
         self.reads_weights = reads_weights
         self.version = unit.version
+        self.follows_trained = trace.has_trained
+        """Whether a gradient may pass it on some rank, even if it is frozen."""
         self.is_watched = False
         """Whether the backward pass will announce itself."""
 
@@ -31,6 +35,8 @@ class Trace:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.has_trained = False
+        """Whether a unit with trained weights was entered."""
         self._first: dict[Unit, int] = {}
         self._cursor: int | None = None
 
@@ -39,6 +45,7 @@ class Trace:
         entry = Entry(unit, self, reads_weights=reads_weights)
         self._first.setdefault(unit, entry.position)
         self.entries.append(entry)
+        self.has_trained = self.has_trained or bool(unit.gradients)
         return entry
 
     @property
