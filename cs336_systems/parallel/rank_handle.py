@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,11 +10,10 @@ import sys
 import time
 from collections.abc import Sequence
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
-from cs336_systems.parallel.rank_nursery import fork_rank
+from cs336_systems.parallel.rank_nursery import fork_rank, start_python
 from cs336_systems.parallel.rank_process import Failure
 
 # multiprocessing's own spawn would run the parent's program again in each rank, pytest say, and
@@ -42,8 +40,8 @@ class RankHandle:
         settings = {"folder": folder, "rank": number}
         with theirs:
             environment = _environment(backend)
-            self._process = fork_rank(settings, environment, theirs) or _start_anew(
-                settings, environment, theirs
+            self._process = fork_rank(settings, environment, theirs) or start_python(
+                _BOOT, {"fd": theirs.fileno(), **settings}, environment
             )
 
     def send(self, request: bytes) -> None:
@@ -93,21 +91,6 @@ class RankHandle:
         is_echo = self._backend == "nccl" and -code == signal.SIGABRT
         summary = f"was killed by {signal.Signals(-code).name}"
         return Failure(summary, self.stacks(), is_echo, died_s)
-
-
-def _start_anew(
-    settings: dict[str, Any], environment: dict[str, str], theirs: Connection
-) -> subprocess.Popen[bytes]:
-    path = [entry for entry in sys.path if isinstance(entry, str)]
-    told = json.dumps({"path": path, "fd": theirs.fileno(), **settings})
-    warn_options = [f"-W{option}" for option in sys.warnoptions]
-    return subprocess.Popen(
-        [sys.executable, *warn_options, "-c", _BOOT, told],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
-        start_new_session=True,
-    )
 
 
 def wait_for_any(ranks: Sequence[RankHandle], limit_s: float) -> list[RankHandle]:

@@ -96,7 +96,7 @@ def fork_rank(
         return None
     settings = {
         **settings,
-        "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "path": _import_path(),
         "environment": dict(environment),
         "folder_of_work": os.getcwd(),
     }
@@ -109,23 +109,35 @@ def fork_rank(
     return None
 
 
+def start_python(
+    boot: str, settings: Mapping[str, Any], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start `boot` in a new interpreter and session, its argument the JSON of `settings` and this
+    process' path; what they call `fd` stays open there."""
+    told = json.dumps({"path": _import_path(), **settings})
+    options = [f"-W{option}" for option in sys.warnoptions]
+    return subprocess.Popen(
+        [sys.executable, *options, "-c", boot, told],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        pass_fds=[settings["fd"]],
+        start_new_session=True,
+    )
+
+
+def _import_path() -> list[str]:
+    return [entry for entry in sys.path if isinstance(entry, str)]
+
+
 class _Nursery:
     """This process' side of a nursery."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._control, theirs = socket.socketpair()
-        path = [entry for entry in sys.path if isinstance(entry, str)]
-        boot = json.dumps({"path": path, "fd": theirs.fileno()})
-        options = [f"-W{option}" for option in sys.warnoptions]
         with theirs:
-            subprocess.run(
-                [sys.executable, *options, "-c", _BOOT, boot],
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                check=True,
-            )
+            started = start_python(_BOOT, {"fd": theirs.fileno()}, environment)
+            if code := started.wait():
+                raise subprocess.CalledProcessError(code, "the nursery of ranks")
 
     def fork(self, theirs: Connection, settings: bytes) -> Forked:
         status_fd, told_fd = os.pipe()
