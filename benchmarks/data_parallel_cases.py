@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -111,7 +112,7 @@ class Trainings:
     strategies: tuple[str, ...]
     sizes: tuple[str, ...]
     contexts: tuple[int, ...]
-    batch: int
+    batches: tuple[int, ...]
     ranks: tuple[int, ...]
     precisions: tuple[str, ...]
     communications: tuple[str, ...]
@@ -122,13 +123,13 @@ class Trainings:
         """Yield what several strategies are compared in, ranks that are there already first."""
         for ranks in self.ranks:
             for size in self.sizes:
-                for context in self.contexts:
+                for context, batch in product(self.contexts, self.batches):
                     for precision in self.precisions:
                         for communication in self.communications:
                             yield {
                                 "size": size,
                                 "context": context,
-                                "batch": self.batch,
+                                "batch": batch,
                                 "ranks": ranks,
                                 "precision": precision,
                                 "communication": communication,
@@ -143,13 +144,15 @@ class Trainings:
         ]
 
     def bucket_cases(self) -> list[TrainingCase]:
-        """Return the sweep of bucket sizes, what it is compared with first."""
+        """Return the sweep of bucket sizes with the largest batch, beside which most can hide; what
+        it is compared with first."""
         swept = [name for name in self.strategies if name in BUCKETED]
         if not self.bucket_mb or not swept:
             return []
         return [
             TrainingCase(strategy=strategy, bucket_mb=megabytes, **setting)
             for setting in self._settings()
+            if setting["batch"] == max(self.batches)
             for strategy, megabytes in (
                 (BASELINE, None),
                 *((name, size) for name in swept for size in self.bucket_mb),
@@ -165,7 +168,8 @@ def default_trainings(device: torch.device, *, smoke: bool) -> Trainings:
         return Trainings(
             sizes=("xl",),
             contexts=(512,),
-            batch=2,
+            # The host's time decides with the first, the device's with the second.
+            batches=(2, 24),
             ranks=(2, *(number for number in (4, 8) if number <= found)),
             precisions=("bf16",),
             bucket_mb=(1, 10, 100, 1000),
@@ -176,7 +180,7 @@ def default_trainings(device: torch.device, *, smoke: bool) -> Trainings:
     return Trainings(
         sizes=("debug",) if smoke else ("tiny",),
         contexts=(32,),
-        batch=2,
+        batches=(2,),
         ranks=(2,),
         precisions=("fp32",),
         bucket_mb=(1,) if smoke else (1, 10),
@@ -190,7 +194,10 @@ def add_options(group: pytest.OptionGroup) -> None:
     group.addoption("--ranks", help="data parallel: numbers of ranks, e.g. 2,4")
     group.addoption("--communications", help="data parallel: dtypes of gradients: fp32, bf16")
     group.addoption("--bucket-mb", help="data parallel: bucket sizes, e.g. 1,10,100,1000")
-    group.addoption("--rank-batch", help="data parallel: sequences on each rank (default: 2)")
+    group.addoption(
+        "--rank-batch",
+        help="data parallel: sequences on each rank, e.g. 2,24; LM matrix: the largest",
+    )
     group.addoption(
         "--no-timeline", action="store_true", help="data parallel: profile no step after the timed"
     )
@@ -211,12 +218,13 @@ def chosen_trainings(option: Option, device: torch.device, *, smoke: bool) -> Tr
         fallback = getattr(default, key)
         return listed(option(key), option_name, fallback, at_least(option_name, 1))
 
-    batch = option("rank_batch")
     return Trainings(
         strategies=names("strategies", STRATEGIES),
         sizes=names("sizes", PRESETS),
         contexts=numbers("contexts", "--contexts"),
-        batch=default.batch if batch is None else at_least("--rank-batch", 1)(batch),
+        batches=listed(
+            option("rank_batch"), "--rank-batch", default.batches, at_least("--rank-batch", 1)
+        ),
         ranks=numbers("ranks", "--ranks"),
         precisions=chosen_precisions(option, default.precisions),
         communications=names("communications", DTYPES),

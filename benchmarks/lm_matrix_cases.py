@@ -143,7 +143,9 @@ def chosen_matrix(option: Option, device: torch.device, *, smoke: bool) -> Matri
 
     contexts = listed(option("contexts"), "--contexts", default.contexts, at_least("--contexts", 1))
     model = override("--lm-model", option("lm_model"), default.model)
-    batch = number("rank_batch", default.batch)
+    batch = max(
+        listed(option("rank_batch"), "--rank-batch", (default.batch,), at_least("--rank-batch", 1))
+    )
     data = TokenFiles(train_path=option("train_path"), val_path=option("val_path"))
     num_tokens = _check(data, model, contexts)
     default_steps = default.epoch_steps

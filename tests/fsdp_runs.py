@@ -323,6 +323,10 @@ def _mistake_changed(case: Case) -> None:
     loss.backward()
 
 
+def _embedding(**options: Any) -> nn.Embedding:
+    return nn.Embedding(4, 2, device=communication_device(), **options)
+
+
 MISTAKES: dict[str, Callable[[Case], object]] = {
     "missing": _mistake_missing,
     "frozen_later": _mistake_frozen_later,
@@ -339,8 +343,8 @@ MISTAKES: dict[str, Callable[[Case], object]] = {
     "shape": lambda case: start(case)[0].load_full_state_dict(
         {**initial_net(case).state_dict(), "head.weight": torch.ones(2)}
     ),
-    "sparse": lambda _: wrap(nn.Embedding(4, 2, sparse=True), "fsdp"),
-    "max_norm": lambda _: wrap(nn.Embedding(4, 2, max_norm=1.0), "fsdp"),
+    "sparse": lambda _: wrap(_embedding(sparse=True), "fsdp"),
+    "max_norm": lambda _: wrap(_embedding(max_norm=1.0), "fsdp"),
     "compute_dtype": lambda case: start(replace(case, options={"compute_dtype": torch.int8})),
     "checkpoint_blocks": lambda case: start(replace(case, options={"checkpoint_blocks": -1})),
     "option": lambda case: start(replace(case, options={"shard": True})),

@@ -315,6 +315,8 @@ def wrap_unfit(kind: str) -> str:
         net = net.to("meta")
     elif kind in ("0", "-1", "nan"):
         options["bucket_size_mb"] = float(kind)
+    elif kind == "in place":
+        options["in_place_mb"] = -1
     elif kind == "torch 0":
         strategy, options["bucket_size_mb"] = "torch_ddp", 0
     elif kind == "integers":

@@ -29,6 +29,7 @@ FEATURES = (
     "checkpointed",
     "two_forwards",
     "zeroed",
+    "aliased",
 )
 
 
@@ -45,6 +46,7 @@ class Case:
     samples: tuple[int, ...]
     """How many each rank has in a micro-batch; by rank."""
     bucket_size_mb: float | None
+    in_place_mb: float | None = 1
     num_steps: int = 4
 
 
@@ -75,6 +77,11 @@ class Net(nn.Module):
             self.register_buffer("scale", torch.rand(last) + 0.5)
             self.register_buffer("num_seen", torch.zeros((), dtype=torch.int64))
             self.register_buffer("cache", torch.rand(2), persistent=False)
+        if "aliased" in case.features:
+            # Autograd gives these one memory, and reads it for the layer's gradient after that.
+            self.vector = nn.Parameter(torch.randn(last))
+            self.column = nn.Parameter(torch.randn(last, 1))
+            self.offset = nn.Linear(last, last)
         if "mixed" in case.features:
             self.wide = nn.Linear(last, 2, dtype=torch.float64)
         if "frozen" in case.features:
@@ -102,6 +109,9 @@ class Net(nn.Module):
             x = x * self.scale + self.cache.sum()
         if "sometimes" in self.features and uses.any():
             x = torch.where(uses[:, None], x * self.sometimes, x)
+        if "aliased" in self.features:
+            views = self.vector.view(1, -1) + self.column.view(1, -1)
+            x = (x + (views + self.offset(x.new_ones(1, x.shape[1])))).tanh()
         if "mixed" in self.features:
             x = self.wide(x.double())
         return x.square().sum(1)
@@ -156,6 +166,9 @@ def train_alone(case: Case, world_size: int, *, double: bool) -> Trained:
     net = net.double() if double else net
     cls, settings = optimizer_of(case)
     optimizer = cls([p for p in net.parameters() if p.requires_grad], **settings)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_unalias)
     norms = []
     for step in range(case.num_steps):
         optimizer.zero_grad(set_to_none="zeroed" not in case.features)
@@ -179,6 +192,8 @@ def train_on_rank(case: Case, strategy: str, **options: Any) -> Trained:
         options["broadcast_buffers"] = False
     if strategy in ("flashddp", "torch_ddp"):
         options["bucket_size_mb"] = case.bucket_size_mb
+    if strategy == "flashddp":
+        options["in_place_mb"] = case.in_place_mb
     model = wrap(net, strategy, find_unused=needs_find_unused(case), **options)
     cls, settings = optimizer_of(case)
     optimizer = model.build_optimizer(cls, **settings)
@@ -202,6 +217,12 @@ def train_on_rank(case: Case, strategy: str, **options: Any) -> Trained:
 def train_with_all(case: Case, strategies: list[str]) -> dict[str, Trained]:
     """Train once with each strategy."""
     return {strategy: train_on_rank(case, strategy) for strategy in strategies}
+
+
+def _unalias(parameter: Tensor) -> None:
+    """Give a gradient memory of its own, without which clipping scales shared memory twice."""
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad.clone()
 
 
 def needs_find_unused(case: Case) -> bool:

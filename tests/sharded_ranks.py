@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import adapters
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from cs336_basics.optimizer import AdamW
 from torch import Tensor, nn
 
+from cs336_systems.parallel import sharded_optimizer
 from cs336_systems.parallel.collectives import communication_device, record_collectives
 from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
 
@@ -351,9 +353,10 @@ def usable_after_refused_group() -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
 
 
-def collectives_of_steps(case: Case) -> dict[str, Any]:
+def collectives_of_steps(case: Case, *, chunk_bytes: int = 100 * 2**20) -> dict[str, Any]:
     """Return what two steps send, whether parameters stay where they are, and what they share."""
-    run = make_run(case, sharded=True)
+    with mock.patch.object(sharded_optimizer, "_OVERLAPPED_CHUNK_BYTES", chunk_bytes):
+        run = make_run(case, sharded=True)
     places = [param.data_ptr() for param in run.params]
     with record_collectives() as log:
         train(run, range(2))

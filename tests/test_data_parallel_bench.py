@@ -42,12 +42,13 @@ def case_of(strategy: str, **changes: Any) -> TrainingCase:
 def test_grid_is_the_handouts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     full = default_trainings(GPU, smoke=False)
-    assert [case.strategy for case in full.cases()] == [*STRATEGIES] * 2
+    assert [case.strategy for case in full.cases()] == [*STRATEGIES] * 4
     assert {case[1:7] for case in full.cases()} == {
-        ("xl", 512, 2, ranks, "bf16", "fp32") for ranks in (2, 4)
+        ("xl", 512, batch, ranks, "bf16", "fp32") for batch in (2, 24) for ranks in (2, 4)
     }
     swept = [case.bucket_mb for case in full.bucket_cases() if case.strategy == "flashddp"]
     assert swept == [1, 10, 100, 1000] * 2
+    assert {case.batch for case in full.bucket_cases()} == {24}
 
 
 def test_grid_takes_seconds_without() -> None:
@@ -60,11 +61,13 @@ def test_grid_takes_seconds_without() -> None:
 def test_choices_select_cases() -> None:
     cases = selected(
         "--strategies=zero1,naive", "--ranks=3", "--sizes=debug", "--contexts=16",
-        "--communications=bf16", "--precisions=tf32,bf16", "--rank-batch=5", "-k", "data_parallel",
+        "--communications=bf16", "--precisions=tf32,bf16", "--rank-batch=5,6",
+        "-k", "data_parallel",
     )  # fmt: skip
     assert [case.split("::")[1] for case in cases] == [
-        "bench_data_parallel[zero1-debug-16-5-3-bf16-bf16]",
-        "bench_data_parallel[naive-debug-16-5-3-bf16-bf16]",
+        f"bench_data_parallel[{strategy}-debug-16-{batch}-3-bf16-bf16]"
+        for batch in (5, 6)
+        for strategy in ("zero1", "naive")
     ]
 
 

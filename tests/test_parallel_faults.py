@@ -85,12 +85,13 @@ UNFIT = {
     "0": "flashddp: bucket_size_mb must be positive or None, got 0.0",
     "-1": "flashddp: bucket_size_mb must be positive or None, got -1.0",
     "nan": "flashddp: bucket_size_mb must be positive or None, got nan",
+    "in place": "flashddp: in_place_mb must be >= 0 or None, got -1",
     "torch 0": "torch_ddp: bucket_size_mb must be positive or None, got 0",
     "integers": "flashddp: communication_dtype must be floating, got torch.int32",
     "torch integers": "torch_ddp: communication_dtype must be torch.bfloat16, torch.float16 or "
     "None, got torch.float64",
     "torch finite": "torch_ddp: check_finite must be off, torch has no such check",
-    "option": "wrap flashddp: option must be one of bucket_size_mb, copy_beside, group, "
+    "option": "wrap flashddp: option must be one of bucket_size_mb, in_place_mb, group, "
     "communication_dtype, find_unused, check_finite, broadcast_buffers, got 'bucket_mb'",
 }
 

@@ -3,6 +3,7 @@ the table."""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -133,18 +134,26 @@ def test_a_gradient_is_brought_to_its_parameters_layout(
     st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=6),
     st.sampled_from([None, torch.bfloat16, torch.float64]),
     st.lists(st.booleans(), min_size=6, max_size=6),
+    st.sampled_from([0, 1, 4, 5, 40, math.inf]),
 )
 def test_a_bucket_carries_every_gradient_and_zeros_elsewhere(
-    shapes: list[list[int]], communication_dtype: torch.dtype | None, present: list[bool]
+    shapes: list[list[int]],
+    communication_dtype: torch.dtype | None,
+    present: list[bool],
+    in_place_bytes: float,
 ) -> None:
     parameters = [nn.Parameter(torch.rand(shape)) for shape in shapes]
-    bucket = Bucket(parameters, communication_dtype)
+    bucket = Bucket(parameters, communication_dtype, in_place_bytes)
+    for parameter, view in zip(parameters, bucket.views, strict=True):
+        stays = communication_dtype is None and parameter.nbytes >= in_place_bytes
+        assert (view is None) == stays
     bucket.wire.fill_(7.0)
     for start in bucket._offsets:
         assert start * min(bucket.wire.itemsize, bucket.flat.itemsize) % ALIGNMENT_BYTES == 0
     bucket.wire.zero_()
     for view in bucket._wire_views:
-        view.fill_(7.0)  # What an earlier step left.
+        if view is not None:
+            view.fill_(7.0)  # What an earlier step left.
     for slot, parameter in enumerate(parameters):
         if present[slot]:
             parameter.grad = torch.rand(parameter.shape)
@@ -152,15 +161,34 @@ def test_a_bucket_carries_every_gradient_and_zeros_elsewhere(
     wanted = [None if p.grad is None else p.grad.clone() for p in parameters]
     bucket.fill()
     total = sum(float(w.to(bucket.wire.dtype).double().sum()) for w in wanted if w is not None)
-    assert bucket.wire.double().sum().item() == pytest.approx(total)
+    assert sum(run.double().sum().item() for run in bucket.messages) == pytest.approx(total)
     bucket.complete(2)
-    for parameter, want in zip(parameters, wanted, strict=True):
-        if want is None:
+    assert not bucket.messages
+    for parameter, view, want in zip(parameters, bucket.views, wanted, strict=True):
+        if want is None and view is None:
+            assert not parameter.grad.any()
+        elif want is None:
             assert parameter.grad is None
         else:
             torch.testing.assert_close(parameter.grad, want.to(bucket.wire.dtype).float() / 2)
     bucket.fill_gaps()
-    assert all(p.grad is view for p, view in zip(parameters, bucket.views, strict=True))
+    for parameter, view in zip(parameters, bucket.views, strict=True):
+        assert parameter.grad is (parameter.grad if view is None else view)
+
+
+def test_gradients_that_share_memory_are_parted() -> None:
+    first, second = nn.Parameter(torch.rand(3, 2)), nn.Parameter(torch.rand(6))
+    bucket = Bucket([first, second], None, in_place_bytes=0)
+    (first.view(-1) + second.view(-1)).square().sum().backward()
+    # Autograd's own doing.
+    assert first.grad.data_ptr() == second.grad.data_ptr()
+    wanted = first.grad.clone()
+    for slot in range(2):
+        bucket.collect(slot)
+    bucket.fill()
+    bucket.complete(4)
+    torch.testing.assert_close(first.grad, wanted / 4)
+    torch.testing.assert_close(second.grad, wanted.flatten() / 4)
 
 
 @pytest.mark.parametrize("communication_dtype", [None, torch.bfloat16])
@@ -170,7 +198,7 @@ def test_gradients_gather_until_they_are_copied_together(
     monkeypatch.setattr("cs336_systems.parallel.bucket._PENDING_BYTES", 40)
     parameters = [nn.Parameter(torch.rand(5)) for _ in range(5)]
     bucket = Bucket(parameters, communication_dtype)
-    copies, copied = [], []
+    copies: list[int] = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(
         torch, "_foreach_copy_", lambda to, source: (copies.append(len(to)), copy(to, source))
@@ -178,10 +206,9 @@ def test_gradients_gather_until_they_are_copied_together(
     for slot, parameter in enumerate(parameters):
         parameter.grad = torch.full((5,), 1.0 + slot)
         if bucket.collect(slot):
-            copied += bucket.drain()
-    copied += bucket.fill()
+            bucket.drain()
+    bucket.fill()
     assert copies == [2, 2, 1]
-    assert [int(source[0]) for source in copied] == [1, 2, 3, 4, 5]
     bucket.complete(1)
     assert [parameter.grad.tolist() for parameter in parameters] == [
         [1.0 + slot] * 5 for slot in range(5)

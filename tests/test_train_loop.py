@@ -159,6 +159,7 @@ def test_losses_are_read_once_for_each_line_of_the_log(data: str, tmp_path: Path
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_on_a_gpu_no_step_waits_for_the_device(data: str, tmp_path: Path) -> None:
     """From the first step to the last, but for where the log is written."""
     real, num_lines = Losses.read, []

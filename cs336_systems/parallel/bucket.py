@@ -1,11 +1,13 @@
-"""One bucket: gradients side by side in one run of memory that is reduced at once.
+"""One bucket: gradients that are reduced at once.
 
-The memory is the gradients': after a parameter's gradient was adopted, `parameter.grad` is a view
-of the bucket, and later ones add up in place.
+Small gradients lie side by side in one run of memory. That memory is the gradients': after one was
+adopted, `parameter.grad` is a view of the bucket, and later ones add up in place. A large gradient
+stays where autograd put it, a run of its own: nothing is gained by copying it next to others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -14,8 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cs336_systems.parallel.collectives import Group, all_reduce
-from cs336_systems.parallel.layout import check_strided, gradient_strides
+from cs336_systems.parallel.collectives import Group, all_reduce_together
+from cs336_systems.parallel.layout import (
+    check_strided,
+    gradient_strides,
+    in_memory_order,
+    laid_out_gradient,
+)
 
 # Gradients begin at multiples of it, so that kernels may load them in whole vectors.
 ALIGNMENT_BYTES = 16
@@ -27,17 +34,30 @@ class Bucket:
     """Parameters of one dtype and device, and the memory of their gradients.
 
     communication_dtype: the bucket then has a second memory of that dtype, which travels.
-    Shapes: flat and wire (numel,), padding included.
+    in_place_bytes: gradients of at least so many bytes are reduced where they lie, unless they
+        travel in another dtype.
+    Shapes: flat and wire (numel,), padding included; views are None for gradients in place.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], communication_dtype: torch.dtype | None
+        self,
+        parameters: Sequence[nn.Parameter],
+        communication_dtype: torch.dtype | None,
+        in_place_bytes: float = math.inf,
     ) -> None:
         self.parameters = list(parameters)
         dtype, device = parameters[0].dtype, parameters[0].device
         wire_dtype = communication_dtype or dtype
-        sizes = [padded_numel(parameter, communication_dtype) for parameter in parameters]
+        self._is_in_place = [
+            wire_dtype == dtype and parameter.nbytes >= in_place_bytes
+            for parameter in self.parameters
+        ]
+        sizes = [
+            0 if in_place else padded_numel(parameter, communication_dtype)
+            for parameter, in_place in zip(self.parameters, self._is_in_place, strict=True)
+        ]
         self._offsets = [0, *accumulate(sizes)]
+        self._copied_bytes = [size * dtype.itemsize for size in sizes]
         self.flat = torch.zeros(self._offsets[-1], dtype=dtype, device=device)
         self.views = self._views_of(self.flat)
         self.wire, self._wire_views = self.flat, self.views
@@ -48,33 +68,49 @@ class Bucket:
         self._pending: list[int] = []
         self._pending_bytes = 0
         self._in_wire: set[int] = set()
+        self.messages: list[Tensor] = []
+        """What is reduced, from `fill` to `complete`."""
 
     def adopt(self, slot: int) -> None:
-        """Make the gradient of one parameter a view of the bucket."""
+        """Make the gradient of one parameter a view of the bucket, or a memory of its own."""
         parameter, view = self.parameters[slot], self.views[slot]
-        if parameter.grad is not None and parameter.grad is not view:
+        if parameter.grad is None or parameter.grad is view:
+            return
+        if view is None:
+            laid_out_gradient(parameter)
+        else:
             view.copy_(check_strided(parameter.grad))
             parameter.grad = view
 
     def collect(self, slot: int) -> bool:
         """Note that a gradient is there to be reduced; tells whether enough are to be drained."""
+        if self._is_in_place[slot]:
+            laid_out_gradient(self.parameters[slot])
+            return False
         self._pending.append(slot)
-        self._pending_bytes += self.views[slot].nbytes
+        self._pending_bytes += self._copied_bytes[slot]
         return self._pending_bytes >= _PENDING_BYTES
 
-    def drain(self) -> list[Tensor]:
-        """Copy collected gradients in, together; returns what is nobody's gradient any more."""
+    def drain(self) -> None:
+        """Copy collected gradients in, together."""
         pending, self._pending, self._pending_bytes = self._pending, [], 0
-        return self._copy_in(pending)
+        self._copy_in(pending)
 
-    def fill(self) -> list[Tensor]:
-        """Have all that is to travel in `wire`, zeros for missing gradients; returns as `drain`."""
-        return self._copy_in(range(len(self.parameters)))
+    def fill(self) -> None:
+        """Have all that is to travel in `messages`, zeros for missing gradients."""
+        self._copy_in(slot for slot, view in enumerate(self.views) if view is not None)
+        in_place = [
+            laid_out_gradient(parameter).detach()
+            for parameter, in_place in zip(self.parameters, self._is_in_place, strict=True)
+            if in_place
+        ]
+        runs = [self.wire, *map(in_memory_order, in_place)]
+        self.messages = [run for run in runs if run.numel()]
 
     def launch(self, group: Group, average_op: Any, *, async_op: bool) -> None:
         """Start to reduce the bucket."""
-        if self.wire.numel():
-            self._work = all_reduce(self.wire, group, op=average_op, async_op=async_op)
+        if self.messages:
+            self._work = all_reduce_together(self.messages, group, op=average_op, async_op=async_op)
 
     def complete(self, divisor: int) -> None:
         """Turn what arrived into averages, in the memory of the gradients."""
@@ -82,22 +118,24 @@ class Bucket:
             self._work.wait()
         if self.wire is not self.flat:
             self.flat.copy_(self.wire)
-        if divisor > 1:
-            self.flat.div_(divisor)
+            self.messages = [self.flat]
+        if divisor > 1 and self.messages:
+            torch._foreach_div_(self.messages, divisor)
         self._forget()
 
     def fill_gaps(self) -> None:
         """Give parameters that had no gradient the average of the others'."""
         for parameter, view in zip(self.parameters, self.views, strict=True):
-            if parameter.grad is None:
+            if parameter.grad is None and view is not None:
                 parameter.grad = view
 
     def _forget(self) -> None:
         self._work = None
         self._pending, self._pending_bytes = [], 0
         self._in_wire = set()
+        self.messages = []
 
-    def _copy_in(self, slots: Iterable[int]) -> list[Tensor]:
+    def _copy_in(self, slots: Iterable[int]) -> None:
         """Copy gradients to where they travel, with one kernel, and make them views."""
         sources, targets, gaps = [], [], []
         for slot in slots:
@@ -105,6 +143,7 @@ class Bucket:
                 continue
             self._in_wire.add(slot)
             parameter, target = self.parameters[slot], self._wire_views[slot]
+            assert target is not None
             if parameter.grad is None:
                 gaps.append(target)
             elif parameter.grad is not target:
@@ -115,13 +154,14 @@ class Bucket:
             torch._foreach_zero_(gaps)
         if sources:
             torch._foreach_copy_(targets, sources)
-        return sources
 
-    def _views_of(self, memory: Tensor) -> list[Tensor]:
-        pairs = zip(self.parameters, self._offsets, strict=False)
+    def _views_of(self, memory: Tensor) -> list[Tensor | None]:
+        places = zip(self.parameters, self._is_in_place, self._offsets, strict=False)
         return [
-            memory.as_strided(parameter.shape, gradient_strides(parameter), offset)
-            for parameter, offset in pairs
+            None
+            if in_place
+            else memory.as_strided(parameter.shape, gradient_strides(parameter), offset)
+            for parameter, in_place, offset in places
         ]
 
 

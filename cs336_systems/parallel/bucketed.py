@@ -10,11 +10,11 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cs336_systems.errors import bad
 from cs336_systems.parallel.bucket import Bucket, assign_buckets, padded_numel
@@ -30,10 +30,9 @@ class FlashDDP(HookedDataParallel):
     """Reduce gradients in buckets, in which they live.
 
     bucket_size_mb: the most a bucket holds, in MiB; None is one bucket for each dtype.
-    copy_beside: on a GPU, gradients are copied into buckets beside the backward pass, which waits
-        for arithmetic more than for memory; not with check_finite.
-    Cost: no memory beside the gradients; with communication_dtype, a copy in that dtype; with
-        copy_beside, two buckets' gradients.
+    in_place_mb: gradients of at least so many MiB are part of a bucket without being copied into
+        its memory, if they travel in their own dtype; None copies all.
+    Cost: no memory beside the gradients; with communication_dtype, a copy in that dtype.
     """
 
     strategy = "flashddp"
@@ -42,16 +41,17 @@ class FlashDDP(HookedDataParallel):
         self,
         module: nn.Module,
         *,
-        bucket_size_mb: float | None = 25,
-        copy_beside: bool = True,
+        bucket_size_mb: float | None = 100,
+        in_place_mb: float | None = 1,
         **options: Any,
     ) -> None:
         if bucket_size_mb is not None and not bucket_size_mb > 0:
             raise bad(self.strategy, "bucket_size_mb", "be positive or None", bucket_size_mb)
-        own_options = {"bucket_size_mb": bucket_size_mb, "copy_beside": copy_beside}
+        if in_place_mb is not None and not in_place_mb >= 0:
+            raise bad(self.strategy, "in_place_mb", "be >= 0 or None", in_place_mb)
+        own_options = {"bucket_size_mb": bucket_size_mb, "in_place_mb": in_place_mb}
         super().__init__(module, own_options=own_options, **options)
-        self._side, self._copying = SideStream(self._device), SideStream(self._device)
-        self._copies_beside = copy_beside and self._side.is_beside and not self.check_finite
+        self._side = SideStream(self._device)
 
     def _plan(self, order: Sequence[int]) -> list[list[int]]:
         # The old memory goes before the new one comes, but for gradients that still lie in it.
@@ -62,13 +62,17 @@ class FlashDDP(HookedDataParallel):
             padded_numel(parameter, self.communication_dtype) * parameter.dtype.itemsize
             for parameter in parameters
         ]
-        megabytes = self.own_options["bucket_size_mb"]
+        megabytes, in_place_mb = (
+            self.own_options[name] for name in ("bucket_size_mb", "in_place_mb")
+        )
         limit, first_limit = (
             (math.inf, math.inf) if megabytes is None else (megabytes * _MIB, _FIRST_BUCKET_BYTES)
         )
+        in_place_bytes = math.inf if in_place_mb is None else in_place_mb * _MIB
         assigned = assign_buckets(sizes, [p.dtype for p in parameters], limit, first_limit)
         for items in assigned:
-            bucket = Bucket([parameters[item] for item in items], self.communication_dtype)
+            chosen = [parameters[item] for item in items]
+            bucket = Bucket(chosen, self.communication_dtype, in_place_bytes)
             self._buckets.append(bucket)
             for slot, item in enumerate(items):
                 self._place[order[item]] = bucket, slot
@@ -81,29 +85,19 @@ class FlashDDP(HookedDataParallel):
     def _collect(self, index: int) -> None:
         bucket, slot = self._place[index]
         if bucket.collect(slot):
-            self._copy(bucket.drain)
+            bucket.drain()
 
     def _launch(self, unit: int) -> None:
         bucket = self._buckets[unit]
-        self._copy(bucket.fill)
-        if not self._copies_beside:
-            self._watch([bucket.wire])
-        with self._copying.entered(), self._side.entered():
+        bucket.fill()
+        self._watch(bucket.messages)
+        with self._side.entered():
             bucket.launch(self.group, self._average_op, async_op=not self._side.is_beside)
             if self._side.is_beside:
                 bucket.complete(self._divisor)
 
-    def _copy(self, copy: Callable[[], list[Tensor]]) -> None:
-        if not self._copies_beside:
-            copy()
-            return
-        # On a third stream, so that no copy queues behind the collectives of the buckets before.
-        with self._copying.entered():
-            self._copying.hold(copy())
-
     def _wait(self) -> None:
         self._side.join()
-        self._copying.join()
         for bucket in self._buckets:
             if not self._side.is_beside:
                 bucket.complete(self._divisor)

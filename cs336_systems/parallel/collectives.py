@@ -6,7 +6,7 @@ the observers what is on its way: number, order and size of collectives are resu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,8 @@ class Collective:
 
     name: str
     numel: int
-    """Elements of the largest tensor of the call: the whole, of which a rank may hold a part."""
+    """Elements of the largest tensor of the call, the whole, of which a rank may hold a part; the
+    sum of those that are combined together."""
     dtype: torch.dtype | None
     """None for Python objects, whose size is not counted."""
     num_bytes: int
@@ -52,15 +53,39 @@ def all_reduce(
     tensor: Tensor, group: Group = None, *, op: Any = ReduceOp.SUM, async_op: bool = False
 ) -> dist.Work | None:
     """Combine `tensor` over the ranks, in place; the handle to wait for when asynchronous."""
-    _report("all_reduce", tensor, group)
+    _report("all_reduce", [tensor], group)
     return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+
+
+def all_reduce_together(
+    tensors: Sequence[Tensor],
+    group: Group = None,
+    *,
+    op: Any = ReduceOp.SUM,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """Combine each of several tensors of one dtype over the ranks, in place, with one launch."""
+    if len(tensors) == 1:
+        return all_reduce(tensors[0], group, op=op, async_op=async_op)
+    _report("all_reduce", tensors, group)
+    options = dist.AllreduceCoalescedOptions()
+    options.reduceOp, options.asyncOp = op, async_op
+    chosen = group if group is not None else dist.group.WORLD
+    assert chosen is not None
+    work = chosen.allreduce_coalesced(list(tensors), options)
+    if async_op:
+        return work
+    # As torch's own functions do: on a GPU without a handle there is nothing to wait for.
+    if work is not None:
+        work.wait()
+    return None
 
 
 def broadcast(
     tensor: Tensor, group: Group = None, *, source: int = 0, async_op: bool = False
 ) -> dist.Work | None:
     """Overwrite `tensor` with that of the group's rank `source`."""
-    _report("broadcast", tensor, group)
+    _report("broadcast", [tensor], group)
     return dist.broadcast(tensor, group=group, group_src=source, async_op=async_op)
 
 
@@ -71,7 +96,7 @@ def all_gather_into(
 
     Shapes: shard (numel,) -> output (world_size * numel,).
     """
-    _report("all_gather_into", output, group)
+    _report("all_gather_into", [output], group)
     return dist.all_gather_into_tensor(output, shard, group=group, async_op=async_op)
 
 
@@ -87,13 +112,13 @@ def reduce_scatter_into(
 
     Shapes: whole (world_size * numel,) -> shard (numel,).
     """
-    _report("reduce_scatter_into", whole, group)
+    _report("reduce_scatter_into", [whole], group)
     return dist.reduce_scatter_tensor(shard, whole, op=op, group=group, async_op=async_op)
 
 
 def all_gather_object(value: Any, group: Group = None) -> list[Any]:
     """Return every rank's `value`, by rank."""
-    _report("all_gather_object", None, group)
+    _report("all_gather_object", [], group)
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
@@ -119,12 +144,15 @@ def communication_device(group: Group = None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _report(name: str, tensor: Tensor | None, group: Group) -> None:
+def _report(name: str, tensors: Sequence[Tensor], group: Group) -> None:
     if not _observers:
         return
-    numel, dtype, num_bytes = 0, None, 0
-    if tensor is not None:
-        numel, dtype, num_bytes = tensor.numel(), tensor.dtype, tensor.nbytes
-    entry = Collective(name, numel, dtype, num_bytes, dist.get_world_size(group))
+    entry = Collective(
+        name,
+        numel=sum(tensor.numel() for tensor in tensors),
+        dtype=tensors[0].dtype if tensors else None,
+        num_bytes=sum(tensor.nbytes for tensor in tensors),
+        world_size=dist.get_world_size(group),
+    )
     for log in _observers:
         log.append(entry)

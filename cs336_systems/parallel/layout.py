@@ -40,13 +40,13 @@ def gradient_strides(parameter: Tensor) -> tuple[int, ...]:
 
 
 def laid_out_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return the gradient in its parameter's layout, made so if it was not; zeros if there was
-    none.
+    """Return the gradient in its parameter's layout and in memory of its own, made so if it was
+    not; zeros if there was none.
 
     Raises: UsageError for a sparse gradient.
     """
     grad, strides = parameter.grad, gradient_strides(parameter)
-    if grad is not None and has_strides(grad, strides):
+    if grad is not None and has_strides(grad, strides) and is_alone(grad):
         return grad
     fresh = torch.empty_strided(
         parameter.shape, strides, dtype=parameter.dtype, device=parameter.device
@@ -58,6 +58,24 @@ def laid_out_gradient(parameter: nn.Parameter) -> Tensor:
 def has_strides(grad: Tensor, strides: tuple[int, ...]) -> bool:
     """Tell whether the gradient already lies as wanted."""
     return grad.layout == torch.strided and grad.stride() == strides
+
+
+def is_alone(tensor: Tensor) -> bool:
+    """Tell whether no other tensor uses its memory.
+
+    Autograd gives a parameter the tensor that arrives, without a copy, even where that is a view
+    of what other parameters get as well or of what the rest of the backward pass has yet to read
+    (pytorch/pytorch#34082). Such a gradient must not be reduced where it lies.
+    """
+    return _num_uses(tensor) <= _NUM_USES_ALONE
+
+
+def _num_uses(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+# Python's own handles of a storage count as well.
+_NUM_USES_ALONE = _num_uses(torch.empty(1))
 
 
 def check_strided(grad: Tensor) -> Tensor:

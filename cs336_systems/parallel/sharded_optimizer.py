@@ -34,7 +34,7 @@ from cs336_systems.parallel.sharded_state import gather_states
 
 _WHERE = "ShardedOptimizer"
 # With overlap no message is larger, so that the first layers do not wait for much.
-_OVERLAPPED_CHUNK_BYTES = 25 * 2**20
+_OVERLAPPED_CHUNK_BYTES = 100 * 2**20
 
 
 class ShardedOptimizer(Optimizer):
