@@ -3,7 +3,7 @@
 Every row is a class `(module, **options)` with the methods of `base.DataParallel`. The loop of a
 training program is the same for all of them:
 
-    model = wrap(module, "flashddp", bucket_size_mb=25)
+    model = wrap(module, "flashddp")
     optimizer = model.build_optimizer(AdamW, lr=1e-3)
     ...
     model(x).sum().backward()
