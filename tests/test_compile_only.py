@@ -90,6 +90,39 @@ def test_operands_held_in_registers_survive_the_loop() -> None:
     assert table == [0] * 12
 
 
+MOST_SPILLED_ON_HOPPER = {
+    ("forward", 64): 0,
+    ("forward", 128): 0,
+    ("backward", 64): 80,
+    ("backward", 128): 128,
+}
+
+HOPPER_RESOURCES = """
+import torch
+from cs336_systems.attention.compile_only import compile_launch, hopper_launches
+for causal in (False, True):
+    for length, group in ((2048, 1), (2000, 2)):
+        how = {"causal": causal, "length": length, "group": group}
+        for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128)):
+            for name, launch in hopper_launches(dtype, dim, **how):
+                used = compile_launch(launch, 90)
+                print(name, dim, used.stack_bytes, used.shared_bytes, used.serialized, sep=";")
+"""
+
+
+@pytest.mark.slow
+def test_hopper_kernels_fit_and_keep_their_products_in_flight() -> None:
+    """The assembler may crash, spill, or have products wait for one another: Triton says nothing."""
+    done = python("-c", HOPPER_RESOURCES)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split(";") for line in done.stdout.splitlines()]
+    assert len(rows) == 16
+    for name, head_dim, spilled, shared, serialized in rows:
+        assert int(spilled) <= MOST_SPILLED_ON_HOPPER[name, int(head_dim)], (name, head_dim)
+        assert int(shared) <= SHARED_BYTES[90]
+        assert serialized == "False"
+
+
 LOOP = """
         /*0000*/  HADD2.BF16_V2 R100, R4, R5 ;
 .L_x_1:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cs336_systems.attention.hopper_launch import plan_hopper_backward, plan_hopper_forward
 from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, Tiles, choose, head_pad
 from cs336_systems.attention.triton_launch import (
     Launch,
@@ -57,6 +61,8 @@ class Usage(NamedTuple):
     shared_bytes: int
     overwritten: int = 0
     """Products that read, from their second turn on, what something else left in a register."""
+    serialized: bool = False
+    """Whether each product of a warpgroup waits for the one before."""
 
 
 class Row(NamedTuple):
@@ -82,13 +88,31 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
             constants[name] = value
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = kind(launch.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
     cubin = compiled.asm["cubin"]
     registers, stack = _resources(cubin)
     overwritten = len(overwritten_operands(_disassemble(cubin)))
-    return Usage(registers, stack, compiled.metadata.shared, overwritten)
+    serialized = architecture == 90 and is_serialized(compiled.asm["ptx"])
+    return Usage(registers, stack, compiled.metadata.shared, overwritten, serialized)
+
+
+def is_serialized(ptx: str) -> bool:
+    """Tell whether the assembler has every product of a warpgroup wait for the one before.
+
+    It says so (C7510, C7512, C7514) where registers do not suffice, or where a product is in flight
+    from one turn of a loop to the next; Triton hides what it says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source)]
+        done = subprocess.run(
+            [*command, "-o", f"{folder}/kernel.cubin"], capture_output=True, text=True, check=True
+        )
+    return "instructions are serialized" in done.stdout + done.stderr
 
 
 def overwritten_operands(assembly: str) -> list[str]:
@@ -137,6 +161,9 @@ def _written(line: str) -> set[int]:
 
 
 def _type_of(value: Any) -> str:
+    if isinstance(value, HopperDescriptor):
+        block = list(value.block_shape)
+        return f"tensordesc<{_NAMES[value.base.dtype]}{block},{value.layout!r}>"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
@@ -204,6 +231,21 @@ def launches(
     yield "backward, keys", tiles.keys, keys(None, tiles.keys)
     queries = plan_queries(q, k, v, do, lse2, delta, dq, **how, tile=tiles.queries)
     yield "backward, queries", tiles.queries, queries
+
+
+def hopper_launches(
+    dtype: torch.dtype, head_dim: int, *, causal: bool, length: int = 2048, group: int = 1
+) -> Iterator[tuple[str, Launch]]:
+    """Yield the Hopper kernels on tensors without memory."""
+    batch, heads = 2, 8
+    q, o, do = (_meta(batch, heads, length, head_dim, dtype=dtype) for _ in range(3))
+    k, v, dk, dv = (_meta(batch, heads // group, length, head_dim, dtype=dtype) for _ in range(4))
+    rows = triton.cdiv(length, ROWS_MULTIPLE) * ROWS_MULTIPLE
+    lse, lse2, delta = (_meta(batch, heads, num) for num in (length, rows, rows))
+    dq_sum = _meta(batch * heads * rows, head_dim)
+    how: dict[str, Any] = {"causal": causal, "scale": head_dim**-0.5}
+    yield "forward", plan_hopper_forward(q, k, v, o, lse, **how)
+    yield "backward", plan_hopper_backward(q, k, v, do, lse2, delta, dq_sum, dk, dv, **how)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

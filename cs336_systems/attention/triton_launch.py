@@ -88,7 +88,7 @@ def plan_forward(
         "num_heads": num_heads,
         "num_batch_heads": batch * num_heads,
         "num_tiles": num_tiles,
-        "section": _section(k, num_heads // k.shape[1]),
+        "section": section(k, num_heads // k.shape[1]),
         # Not 0, which would make NaN of a masked score's -inf.
         "qk_scale": max(abs(scale) * math.log2(math.e), LEAST_SCALE),
         "NEGATE": scale < 0,
@@ -178,7 +178,7 @@ def plan_keys(
         "num_batch_heads": batch * num_kv_heads,
         "num_queries_padded": delta.shape[2],
         "num_tiles": num_tiles,
-        "section": _section(q, 1),
+        "section": section(q, 1),
         "scale": scale,
         "qk_scale": scale * math.log2(math.e),
         "KEY_TAIL": key_tail,
@@ -208,7 +208,7 @@ def plan_queries(
         "num_batch_heads": batch * num_heads,
         "num_queries_padded": delta.shape[2],
         "num_tiles": num_tiles,
-        "section": _section(k, num_heads // k.shape[1]),
+        "section": section(k, num_heads // k.shape[1]),
         "scale": scale,
         "qk_scale": scale * math.log2(math.e),
         "HOLD": tile.hold and products["TMA"],
@@ -274,7 +274,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return found
 
 
-def _section(shared: Tensor, group: int) -> int:
+def section(shared: Tensor, group: int) -> int:
     """Return how many heads work on tiles together: those whose two shared tensors fit in L2."""
     head_bytes = 2 * shared.shape[2] * shared.shape[3] * shared.element_size()
     return group * max(1, L2_BYTES // max(1, head_bytes))

@@ -1,0 +1,422 @@
+"""FlashAttention's backward pass on Hopper in Gluon, five products a tile: one warp fetches, two
+warpgroups compute.
+
+A program owns 128 keys of one key-value head, 64 to a warpgroup, and goes through all queries that
+see them, of all heads that share the keys, 64 a turn. Scores are transposed (keys first), so that
+P^T is a left operand straight from registers. dQ needs the dS of both groups: it goes through
+shared memory, and its sums leave by the accelerator's reduce-add in fp32.
+
+A turn, with what the tensor cores do meanwhile in brackets:
+  dQ of the turn before, and S^T
+  send that dQ off                          [S^T]
+  dP^T = V dO^T, and dK += dS^T Q of the turn before
+  P^T = exp2(S^T - L)                       [dP^T, dK]
+  dV += P^T dO
+  dS^T = P^T (dP^T - D), published          [dK, dV]
+No product is in flight from one turn to the next: ptxas would then let none be in flight.
+
+Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), appendix.
+"""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from cs336_systems.attention.hopper_common import ROWS, locate, meet, release
+
+KEYS = gl.constexpr(128)
+
+
+@builtin
+def reduce_add(desc, coord, src, _semantic=None):
+    """Add a tile of shared memory to global memory, asynchronously."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def place(turn, first_row, per_head, GROUP: gl.constexpr):
+    """Return which of the heads that share the keys a turn is of, and its first query."""
+    member = 0
+    step = turn
+    if GROUP > 1:
+        member = turn // per_head
+        step = turn % per_head
+    return member, first_row + step * ROWS
+
+
+@gluon.jit
+def produce(
+    q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full, do_empty,
+    batch, kv_head, key0, first_row, per_head,
+    GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
+    tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
+    for group in gl.static_range(2):
+        tma.async_copy_global_to_shared(
+            v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0), v_slots.index(group)
+        )
+    for turn in range(GROUP * per_head):
+        member, row0 = place(turn, first_row, per_head, GROUP)
+        head = kv_head * GROUP + member
+        q_slot, do_slot = turn % Q_STAGES, turn % DO_STAGES
+        mbarrier.wait(q_empty.index(q_slot), (turn // Q_STAGES) & 1 ^ 1)
+        mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
+        )
+        mbarrier.wait(do_empty.index(do_slot), (turn // DO_STAGES) & 1 ^ 1)
+        mbarrier.expect(do_full.index(do_slot), do.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
+        )
+
+
+@gluon.jit
+def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
+    """Add 64 x 64 of dQ to the buffer."""
+    tma.store_wait(0)
+    gl.thread_barrier()
+    dq_slot.store(dQ)
+    fence_async_shared()
+    gl.thread_barrier()
+    column: gl.constexpr = WHICH * 64 if SPLIT else 0
+    reduce_add(dq, [row, column], dq_slot)
+
+
+@gluon.jit
+def one_turn(
+    dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
+    q_full, q_empty, do_full, do_empty,
+    turn, dq_row, row, row0, key0, num_keys, qk_scale,
+    PARITY: gl.constexpr, FIRST: gl.constexpr, MASK: gl.constexpr, WHICH: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KEY_TAIL: gl.constexpr,
+):  # fmt: skip
+    """One turn. row and dq_row: the first row of this turn, and of the turn before, in L, D and the
+    dQ buffer. PARITY of the turn, or None where nothing depends on it."""
+    dtype: gl.constexpr = q_slots.dtype
+    HEAD_DIM: gl.constexpr = K_all.shape[1]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16]
+    )
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    HELD: gl.constexpr = gl.DotOperandLayout(0, D_LAYOUT, 2)
+    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    SPLIT: gl.constexpr = HEAD_DIM == 128  # both groups have half of dQ's columns; or take turns
+    MINE: gl.constexpr = SPLIT or PARITY != WHICH  # dQ of the turn before
+    PENDING: gl.constexpr = 1 if FIRST else 2
+    zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
+    cols = gl.arange(0, ROWS, COLS)
+    q_slot, do_slot = turn % Q_STAGES, turn % DO_STAGES
+    q_before = (turn - 1) % Q_STAGES
+    dS_before = ds_slots.index((turn - 1) & 1)
+    if not SPLIT:
+        L = gl.load(lse2_ptr + row + cols)
+    if MINE and not FIRST:
+        K_part = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
+        dQ = warpgroup_mma(dS_before.permute((1, 0)), K_part, zeros, use_acc=False, is_async=True)
+    mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
+    Q = q_slots.index(q_slot).reshape([ROWS, HEAD_DIM])
+    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if MINE and not FIRST:
+        dQ_now = warpgroup_mma_wait(1, (dQ,))
+        send(dq, dq_slot, dQ_now, dq_row, WHICH, SPLIT)
+    mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
+    dO = do_slots.index(do_slot).reshape([ROWS, HEAD_DIM])
+    dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if not FIRST:
+        Q_before = q_slots.index(q_before).reshape([ROWS, HEAD_DIM])
+        dk = warpgroup_mma(dS_before.slice(WHICH * ROWS, ROWS, 0), Q_before, dk, is_async=True)
+    S_now = warpgroup_mma_wait(PENDING, (S,))
+    keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    if MASK == "always":
+        S_now = gl.where(keys[:, None] <= (row0 + cols)[None, :], S_now, float("-inf"))
+    elif MASK == "where needed":  # noqa: SIM102 (known when compiled)
+        if row0 < key0 + (WHICH + 1) * ROWS:
+            S_now = gl.where(keys[:, None] <= (row0 + cols)[None, :], S_now, float("-inf"))
+    if KEY_TAIL:
+        S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
+    if SPLIT:
+        L = gl.load(lse2_ptr + row + cols)
+    P = gl.exp2(S_now * qk_scale - L[None, :])
+    D = gl.load(delta_ptr + row + cols)
+    P_half = P.to(dtype)
+    dv = warpgroup_mma(gl.convert_layout(P_half, HELD), dO, dv, is_async=True)
+    dP_now = warpgroup_mma_wait(PENDING, (dP,))
+    # At head dim 128 there is no room for P in fp32 as well; dS is rounded in the same way next.
+    P_again = P_half.to(gl.float32) if SPLIT else P
+    dS = (P_again * (dP_now - D[None, :])).to(dtype)
+    if FIRST:
+        dv = warpgroup_mma_wait(0, (dv,))
+    else:
+        dk, dv = warpgroup_mma_wait(0, (dk, dv))
+        release(q_empty.index(q_before))
+    # Not before: ptxas 12.8 crashes on some stores while products are in flight.
+    ds_slots.index(turn & 1).slice(WHICH * ROWS, ROWS, 0).store(dS)
+    fence_async_shared()
+    release(do_empty.index(do_slot))
+    if SPLIT:
+        meet(0, True)
+    else:
+        meet(PARITY, PARITY == WHICH)
+    return dk, dv
+
+
+@gluon.jit
+def consume(
+    dq, dk_desc, dv_desc, lse2_ptr, delta_ptr, q_slots, do_slots, k_slot, v_slots, ds_slots,
+    dq_slots, kv_full, q_full, q_empty, do_full, do_empty,
+    batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded, num_keys,
+    qk_scale, scale,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """Compute dK and dV of 64 keys, and this group's share of dQ."""
+    dtype: gl.constexpr = q_slots.dtype
+    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    SPLIT: gl.constexpr = HEAD_DIM == 128
+    STEP: gl.constexpr = 1 if SPLIT else 2
+    dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+    dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+    mbarrier.wait(kv_full.index(0), 0)
+    K_all = k_slot.reshape([KEYS, HEAD_DIM])
+    K = K_all.slice(WHICH * ROWS, ROWS, 0)
+    V = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
+    dq_slot = dq_slots.index(WHICH)
+    head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+    num = GROUP * per_head  # even
+    # Only the first two turns of a head meet the diagonal.
+    EARLY: gl.constexpr = "always" if CAUSAL else "never"
+    LATER: gl.constexpr = "where needed" if CAUSAL and GROUP > 1 else "never"
+    before = head_row + first_row
+    for opening in gl.static_range(2):
+        row = head_row + first_row + opening * ROWS
+        dk, dv = one_turn(
+            dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
+            q_full, q_empty, do_full, do_empty,
+            opening, before, row, first_row + opening * ROWS, key0, num_keys, qk_scale,
+            opening, opening == 0, EARLY, WHICH, Q_STAGES, DO_STAGES, KEY_TAIL,
+        )  # fmt: skip
+        before = row
+    for first in range(2, num, STEP):
+        for half in gl.static_range(STEP):
+            turn = first + half
+            member, row0 = place(turn, first_row, per_head, GROUP)
+            row = head_row + member * num_queries_padded + row0
+            dk, dv = one_turn(
+                dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
+                q_full, q_empty, do_full, do_empty,
+                turn, before, row, row0, key0, num_keys, qk_scale,
+                half, False, LATER, WHICH, Q_STAGES, DO_STAGES, KEY_TAIL,
+            )  # fmt: skip
+            before = row
+
+    # What the last turn has left.
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16]
+    )
+    zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
+    dS = ds_slots.index(1)
+    Q = q_slots.index((num - 1) % Q_STAGES).reshape([ROWS, HEAD_DIM])
+    if SPLIT or WHICH == 1:
+        K_part = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
+        dQ = warpgroup_mma(dS.permute((1, 0)), K_part, zeros, use_acc=False, is_async=True)
+        dk = warpgroup_mma(dS.slice(WHICH * ROWS, ROWS, 0), Q, dk, is_async=True)
+        dQ_now = warpgroup_mma_wait(1, (dQ,))
+        send(dq, dq_slot, dQ_now, before, WHICH, SPLIT)
+    else:
+        dk = warpgroup_mma(dS.slice(WHICH * ROWS, ROWS, 0), Q, dk, is_async=True)
+
+    # V is read by this group alone, and not any more.
+    stage = v_slots.index(WHICH)
+    stage.reshape([ROWS, HEAD_DIM]).store(dv.to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    if key0 + WHICH * ROWS < num_keys:
+        tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, key0 + WHICH * ROWS, 0], stage)
+    tma.store_wait(0)
+    dk = warpgroup_mma_wait(0, (dk,))
+    gl.thread_barrier()
+    stage.reshape([ROWS, HEAD_DIM]).store((dk * scale).to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    if key0 + WHICH * ROWS < num_keys:
+        tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, key0 + WHICH * ROWS, 0], stage)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "section"])
+def backward_kernel(
+    q, k, v, do, dq, dk, dv,
+    lse2_ptr,
+    delta_ptr,
+    num_heads,
+    num_kv_heads,
+    num_batch_kv_heads,
+    num_queries_padded,
+    num_keys,
+    num_tiles,
+    section,
+    qk_scale,
+    scale,
+    GROUP: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    DO_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr,
+):  # fmt: skip
+    """num_queries_padded is a multiple of 128, to which L (inf) and D (0) are padded."""
+    HEAD_DIM: gl.constexpr = k.block_shape[3]
+    tile, batch_head = locate(gl.program_id(0), num_tiles, num_batch_kv_heads, section)
+    batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    key0 = tile * KEYS
+    first_row = 0
+    if CAUSAL:  # Of keys that no query sees, the last queries' scores are all masked.
+        first_row = gl.minimum(key0, num_queries_padded - 2 * ROWS)
+    per_head = (num_queries_padded - first_row) // ROWS
+
+    q_slots = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
+    do_slots = gl.allocate_shared_memory(q.dtype, [DO_STAGES, 1, 1, ROWS, HEAD_DIM], do.layout)
+    k_slot = gl.allocate_shared_memory(q.dtype, [1, 1, KEYS, HEAD_DIM], k.layout)
+    v_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], v.layout)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype)
+    ds_slots = gl.allocate_shared_memory(q.dtype, [2, KEYS, ROWS], DS)
+    dq_slots = gl.allocate_shared_memory(gl.float32, [2, ROWS, 64], dq.layout)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
+    do_empty = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
+    mbarrier.init(kv_full.index(0), count=1)
+    for stage in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(q_empty.index(stage), count=2)
+    for stage in gl.static_range(DO_STAGES):
+        mbarrier.init(do_full.index(stage), count=1)
+        mbarrier.init(do_empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    dq,
+                    dk,
+                    dv,
+                    lse2_ptr,
+                    delta_ptr,
+                    q_slots,
+                    do_slots,
+                    k_slot,
+                    v_slots,
+                    ds_slots,
+                    dq_slots,
+                    kv_full,
+                    q_full,
+                    q_empty,
+                    do_full,
+                    do_empty,
+                    batch,
+                    kv_head,
+                    num_heads,
+                    key0,
+                    first_row,
+                    per_head,
+                    num_queries_padded,
+                    num_keys,
+                    qk_scale,
+                    scale,
+                    0,
+                    GROUP,
+                    Q_STAGES,
+                    DO_STAGES,
+                    CAUSAL,
+                    KEY_TAIL,
+                    HEAD_DIM,
+                ),
+            ),
+            (
+                consume,
+                (
+                    dq,
+                    dk,
+                    dv,
+                    lse2_ptr,
+                    delta_ptr,
+                    q_slots,
+                    do_slots,
+                    k_slot,
+                    v_slots,
+                    ds_slots,
+                    dq_slots,
+                    kv_full,
+                    q_full,
+                    q_empty,
+                    do_full,
+                    do_empty,
+                    batch,
+                    kv_head,
+                    num_heads,
+                    key0,
+                    first_row,
+                    per_head,
+                    num_queries_padded,
+                    num_keys,
+                    qk_scale,
+                    scale,
+                    1,
+                    GROUP,
+                    Q_STAGES,
+                    DO_STAGES,
+                    CAUSAL,
+                    KEY_TAIL,
+                    HEAD_DIM,
+                ),
+            ),
+            (
+                produce,
+                (
+                    q,
+                    k,
+                    v,
+                    do,
+                    q_slots,
+                    do_slots,
+                    k_slot,
+                    v_slots,
+                    kv_full,
+                    q_full,
+                    q_empty,
+                    do_full,
+                    do_empty,
+                    batch,
+                    kv_head,
+                    key0,
+                    first_row,
+                    per_head,
+                    GROUP,
+                    Q_STAGES,
+                    DO_STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -1,0 +1,48 @@
+"""What the Hopper kernels share: where a program works, barriers by name, and giving back slots.
+
+Barriers: a slot's `full` is signalled by the accelerator's bytes, its `empty` by every warpgroup
+that reads it. In its n-th use a reader waits for parity n & 1 of `full`, the fetching warp for the
+opposite of `empty`.
+"""
+
+from __future__ import annotations
+
+from triton import constexpr_function
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+ROWS = gl.constexpr(64)
+"""Rows of one product of a warpgroup."""
+_FIRST_BARRIER = 8
+"""Ids below are Triton's own."""
+
+
+@gluon.jit
+def locate(pid, num_tiles, num_batch_heads, section):
+    """Return the (tile, batch and head) of a program, as the portable kernels' `locate`."""
+    first = pid // (num_tiles * section) * section
+    num_heads = gl.minimum(section, num_batch_heads - first)
+    rest = pid - first * num_tiles
+    return rest // num_heads, first + rest % num_heads
+
+
+@gluon.jit
+def release(empty):
+    """Say that all warps of this group are done with a slot."""
+    gl.thread_barrier()
+    mbarrier.arrive(empty)
+
+
+@constexpr_function
+def _barrier_text(wait, which):
+    what = "sync" if wait else "arrive"
+    return f"bar.{what} {_FIRST_BARRIER + which}, 256; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def meet(WHICH: gl.constexpr, WAIT: gl.constexpr):
+    """Have two warpgroups meet at barrier WHICH; only who waits stays until both have come."""
+    gl.inline_asm_elementwise(
+        _barrier_text(WAIT, WHICH), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

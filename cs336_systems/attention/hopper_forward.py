@@ -1,0 +1,461 @@
+"""FlashAttention's forward pass on Hopper in Gluon: one warp fetches, warpgroups compute.
+
+A program owns NUM_GROUPS x 64 queries of one head. Its producer warp has the tensor memory
+accelerator bring Q once and the tiles of K and V, last ones first, into two rings of STAGES slots.
+Each consumer warpgroup owns 64 queries. It keeps two products in flight: S of this turn and P V of
+the turn before, so that the exponentials of one tile run under the product of another.
+
+The mask is only in a group's first tile: 64 queries begin at a multiple of 64, so the diagonal
+crosses one tile of 64 or 128 keys; the keys past the last one are in the same tile or in one that
+no query of the group sees.
+
+Legend, after the paper: S = scale * Q K^T in base-2 units, P = exp2(S - m), m_i and l_i a row's
+running maximum and sum, L its log-sum-exp.
+
+Source: Shah et al. 2024 (FlashAttention-3), section 3; Dao 2023 (FlashAttention-2), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from cs336_systems.attention.hopper_common import ROWS, locate, meet, release
+
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Return how many tiles of keys the queries before stop_row see."""
+    num = gl.cdiv(num_keys, BLOCK_N)
+    if CAUSAL:
+        num = gl.minimum(gl.cdiv(stop_row, BLOCK_N), num)
+    return num
+
+
+@gluon.jit
+def produce(
+    q, k, v, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
+    batch, head, tile, num_keys,
+    GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Fetch Q, then K and V tile by tile, as slots become free."""
+    row0 = tile * (NUM_GROUPS * ROWS)
+    num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
+    kv_head = head // GROUP
+    for group in gl.static_range(NUM_GROUPS):
+        mbarrier.expect(q_full.index(group), q.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q, [batch, head, row0 + group * ROWS, 0], q_full.index(group), q_slots.index(group)
+        )
+    for turn in range(num):
+        slot, parity = turn % STAGES, (turn // STAGES) & 1 ^ 1
+        key0 = (num - 1 - turn) * BLOCK_N
+        mbarrier.wait(k_empty.index(slot), parity)
+        mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
+        )
+        mbarrier.wait(v_empty.index(slot), parity)
+        mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
+        )
+
+
+@gluon.jit
+def row_sum(P, BLOCK_N: gl.constexpr):
+    """Return the sums of what each thread holds of a row; the four threads that share a row are
+    added up once, at the end."""
+    return gl.sum(gl.sum(P.reshape([64, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def rescale(l_i, alpha):
+    inner: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
+    return l_i * gl.convert_layout(alpha, inner)[:, None]
+
+
+@gluon.jit
+def consume(
+    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, k_full, k_empty, v_full, v_empty,
+    batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
+    WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """Attend with the 64 queries of warpgroup WHICH."""
+    dtype: gl.constexpr = o.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    row0 = tile * (NUM_GROUPS * ROWS) + WHICH * ROWS
+    num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
+    first = num - num_key_tiles(row0 + ROWS, num_keys, CAUSAL, BLOCK_N)
+    NEXT: gl.constexpr = (WHICH + 1) % NUM_GROUPS
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
+    if PING_PONG and WHICH == NUM_GROUPS - 1:
+        meet(0, False)
+    Q = q_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
+
+    for turn in range(first):  # tiles that only later groups see
+        slot, parity = turn % STAGES, (turn // STAGES) & 1
+        mbarrier.wait(k_full.index(slot), parity)
+        if PING_PONG:
+            meet(WHICH, True)  # every group takes as many turns
+        if PING_PONG:
+            meet(NEXT, False)
+        release(k_empty.index(slot))
+        mbarrier.wait(v_full.index(slot), parity)
+        release(v_empty.index(slot))
+
+    mbarrier.wait(q_full.index(WHICH), 0)
+    slot = first % STAGES
+    mbarrier.wait(k_full.index(slot), (first // STAGES) & 1)
+    K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
+    if PING_PONG:
+        meet(WHICH, True)
+    S = warpgroup_mma(Q, K.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if PING_PONG:
+        meet(NEXT, False)
+    S = warpgroup_mma_wait(0, (S,))
+    release(k_empty.index(slot))
+    if CAUSAL or KEY_TAIL:
+        cols = (num - 1 - first) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
+        last = num_keys - 1 + gl.zeros((ROWS,), gl.int32, S_ROWS)
+        if CAUSAL:
+            last = gl.minimum(last, row0 + gl.arange(0, ROWS, S_ROWS))
+        S = gl.where(cols[None, :] <= last[:, None], S, float("-inf"))
+    m_i = gl.max(S, 1) * qk_scale
+    P = gl.exp2(S * qk_scale - m_i[:, None])
+    l_i = row_sum(P, BLOCK_N)
+    P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
+    acc = gl.zeros((ROWS, HEAD_DIM), gl.float32, O_LAYOUT)
+
+    for turn in range(first + 1, num):
+        slot, before = turn % STAGES, (turn - 1) % STAGES
+        mbarrier.wait(k_full.index(slot), (turn // STAGES) & 1)
+        K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
+        if PING_PONG:
+            meet(WHICH, True)
+        S = warpgroup_mma(Q, K.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), ((turn - 1) // STAGES) & 1)
+        V = v_slots.index(before).reshape([BLOCK_N, HEAD_DIM])
+        acc = warpgroup_mma(P_half, V, acc, is_async=True)
+        if PING_PONG:
+            meet(NEXT, False)
+        S = warpgroup_mma_wait(1, (S,))
+        release(k_empty.index(slot))
+        m_new = gl.maximum(m_i, gl.max(S, 1) * qk_scale)
+        alpha = gl.exp2(m_i - m_new)
+        P = gl.exp2(S * qk_scale - m_new[:, None])
+        l_i = rescale(l_i, alpha) + row_sum(P, BLOCK_N)
+        m_i = m_new
+        acc = warpgroup_mma_wait(0, (acc,))
+        release(v_empty.index(before))
+        acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
+        P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
+
+    slot = (num - 1) % STAGES
+    mbarrier.wait(v_full.index(slot), ((num - 1) // STAGES) & 1)
+    V = v_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
+    acc = warpgroup_mma(P_half, V, acc, is_async=True)
+    total = gl.convert_layout(gl.sum(l_i, 1), S_ROWS)
+    lse = (m_i + gl.log2(total)) * LN_2
+    acc = warpgroup_mma_wait(0, (acc,))
+    # No slot is used again: nobody waits for its release.
+    acc = acc * gl.convert_layout(1.0 / total, O_ROWS)[:, None]
+    o_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    if row0 < num_queries:
+        tma.async_copy_shared_to_global(o, [batch, head, row0, 0], o_slots.index(WHICH))
+        rows = row0 + gl.arange(0, ROWS, S_ROWS)
+        at = lse_ptr + batch_head.to(gl.int64) * num_queries
+        gl.store(at + rows, lse, mask=rows < num_queries)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "section"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    o,
+    lse_ptr,
+    num_heads,
+    num_batch_heads,
+    num_queries,
+    num_keys,
+    num_tiles,
+    section,
+    qk_scale,
+    GROUP: gl.constexpr,
+    NUM_GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):
+    """Compute O and L of NUM_GROUPS x 64 queries; qk_scale is scale * log2(e) > 0."""
+    BLOCK_N: gl.constexpr = k.block_shape[2]
+    HEAD_DIM: gl.constexpr = k.block_shape[3]
+    tile, batch_head = locate(gl.program_id(0), num_tiles, num_batch_heads, section)
+    if CAUSAL:  # The last queries see the most keys: longest first.
+        tile = num_tiles - 1 - tile
+    batch, head = batch_head // num_heads, batch_head % num_heads
+
+    q_slots = gl.allocate_shared_memory(q.dtype, [NUM_GROUPS, 1, 1, ROWS, HEAD_DIM], q.layout)
+    # A group reads its Q until its last turn, and needs room for O only after it.
+    o_slots = q_slots
+    k_slots = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout)
+    v_slots = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for group in gl.static_range(NUM_GROUPS):
+        mbarrier.init(q_full.index(group), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=NUM_GROUPS)
+        mbarrier.init(v_empty.index(stage), count=NUM_GROUPS)
+    fence_async_shared()
+    if NUM_GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o,
+                        lse_ptr,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        o_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        batch_head,
+                        tile,
+                        num_queries,
+                        num_keys,
+                        qk_scale,
+                        0,
+                        2,
+                        STAGES,
+                        CAUSAL,
+                        KEY_TAIL,
+                        PING_PONG,
+                        BLOCK_N,
+                        HEAD_DIM,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        o,
+                        lse_ptr,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        o_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        batch_head,
+                        tile,
+                        num_queries,
+                        num_keys,
+                        qk_scale,
+                        1,
+                        2,
+                        STAGES,
+                        CAUSAL,
+                        KEY_TAIL,
+                        PING_PONG,
+                        BLOCK_N,
+                        HEAD_DIM,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q,
+                        k,
+                        v,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        tile,
+                        num_keys,
+                        GROUP,
+                        NUM_GROUPS,
+                        STAGES,
+                        CAUSAL,
+                        BLOCK_N,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.static_assert(NUM_GROUPS == 3)
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        o,
+                        lse_ptr,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        o_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        batch_head,
+                        tile,
+                        num_queries,
+                        num_keys,
+                        qk_scale,
+                        0,
+                        3,
+                        STAGES,
+                        CAUSAL,
+                        KEY_TAIL,
+                        PING_PONG,
+                        BLOCK_N,
+                        HEAD_DIM,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        o,
+                        lse_ptr,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        o_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        batch_head,
+                        tile,
+                        num_queries,
+                        num_keys,
+                        qk_scale,
+                        1,
+                        3,
+                        STAGES,
+                        CAUSAL,
+                        KEY_TAIL,
+                        PING_PONG,
+                        BLOCK_N,
+                        HEAD_DIM,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        o,
+                        lse_ptr,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        o_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        batch_head,
+                        tile,
+                        num_queries,
+                        num_keys,
+                        qk_scale,
+                        2,
+                        3,
+                        STAGES,
+                        CAUSAL,
+                        KEY_TAIL,
+                        PING_PONG,
+                        BLOCK_N,
+                        HEAD_DIM,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        q,
+                        k,
+                        v,
+                        q_slots,
+                        k_slots,
+                        v_slots,
+                        q_full,
+                        k_full,
+                        k_empty,
+                        v_full,
+                        v_empty,
+                        batch,
+                        head,
+                        tile,
+                        num_keys,
+                        GROUP,
+                        NUM_GROUPS,
+                        STAGES,
+                        CAUSAL,
+                        BLOCK_N,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )

@@ -1,0 +1,167 @@
+"""Which inputs the Hopper kernels take, and their launches from tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.language import bfloat16 as gluon_bfloat16
+from triton.experimental.gluon.language import float16 as gluon_float16
+from triton.experimental.gluon.language import float32 as gluon_float32
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from cs336_systems.attention.hopper_backward import backward_kernel
+from cs336_systems.attention.hopper_forward import forward_kernel
+from cs336_systems.attention.triton_launch import Launch, fits_tma, section
+
+ARCHITECTURE = 90
+GROUP_ROWS = 64
+KEYS = 128
+"""Keys of a program of the backward pass."""
+_DTYPES = {
+    torch.bfloat16: gluon_bfloat16,
+    torch.float16: gluon_float16,
+    torch.float32: gluon_float32,
+}
+# As many warps as a partition's; the others' are in the kernels.
+_OPTIONS = {"num_warps": 4}
+_DQ_COLUMNS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardTile:
+    """How the forward kernel is divided."""
+
+    num_groups: int
+    """Warpgroups of 64 queries each."""
+    block_n: int
+    num_stages: int
+    ping_pong: bool
+    """Whether groups take turns with the tensor cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardTile:
+    """How many tiles of Q and dO are on their way or in use."""
+
+    q_stages: int
+    do_stages: int
+
+
+FORWARD = {
+    64: ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True),
+    128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False),
+}
+BACKWARD = {
+    64: BackwardTile(q_stages=4, do_stages=3),
+    128: BackwardTile(q_stages=3, do_stages=2),
+}
+
+
+def loadable(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if the accelerator cannot load it where it is."""
+    if fits_tma(tensor):
+        return tensor
+    copy = tensor.contiguous()
+    return copy if fits_tma(copy) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def plan_hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, causal: bool, scale: float,
+    tile: ForwardTile | None = None,
+) -> Launch:  # fmt: skip
+    """Return the launch that fills O and L; tensors are four-dimensional, scale positive."""
+    batch, num_heads, num_queries, head_dim = q.shape
+    tile = tile or FORWARD[head_dim]
+    num_tiles = triton.cdiv(num_queries, tile.num_groups * GROUP_ROWS)
+    group = num_heads // k.shape[1]
+    arguments = {
+        "q": _describe(q, GROUP_ROWS),
+        "k": _describe(k, tile.block_n),
+        "v": _describe(v, tile.block_n),
+        "o": _describe(o, GROUP_ROWS),
+        "lse_ptr": lse,
+        "num_heads": num_heads,
+        "num_batch_heads": batch * num_heads,
+        "num_queries": num_queries,
+        "num_keys": k.shape[2],
+        "num_tiles": num_tiles,
+        "section": section(k, group),
+        "qk_scale": scale * math.log2(math.e),
+        "GROUP": group,
+        "NUM_GROUPS": tile.num_groups,
+        "STAGES": tile.num_stages,
+        "CAUSAL": causal,
+        "KEY_TAIL": k.shape[2] % tile.block_n != 0,
+        "PING_PONG": tile.ping_pong,
+    }
+    return Launch(
+        kernel=forward_kernel,
+        num_programs=num_tiles * batch * num_heads,
+        arguments=arguments,
+        options=_OPTIONS,
+    )
+
+
+def plan_hopper_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse2: Tensor, delta: Tensor, dq_sum: Tensor,
+    dk: Tensor, dv: Tensor, *, causal: bool, scale: float, tile: BackwardTile | None = None,
+) -> Launch:  # fmt: skip
+    """Return the launch that computes dK and dV, and adds up dQ in its buffer."""
+    batch, num_kv_heads, num_keys, head_dim = k.shape
+    tile = tile or BACKWARD[head_dim]
+    num_tiles = triton.cdiv(num_keys, KEYS)
+    group = q.shape[1] // num_kv_heads
+    layout = _layout([GROUP_ROWS, _DQ_COLUMNS], torch.float32)
+    arguments = {
+        "q": _describe(q, GROUP_ROWS),
+        "k": _describe(k, KEYS),
+        "v": _describe(v, GROUP_ROWS),
+        "do": _describe(do, GROUP_ROWS),
+        "dq": TensorDescriptor(
+            dq_sum, list(dq_sum.shape), [head_dim, 1], [GROUP_ROWS, _DQ_COLUMNS], layout
+        ),
+        "dk": _describe(dk, GROUP_ROWS),
+        "dv": _describe(dv, GROUP_ROWS),
+        "lse2_ptr": lse2,
+        "delta_ptr": delta,
+        "num_heads": q.shape[1],
+        "num_kv_heads": num_kv_heads,
+        "num_batch_kv_heads": batch * num_kv_heads,
+        "num_queries_padded": delta.shape[2],
+        "num_keys": num_keys,
+        "num_tiles": num_tiles,
+        "section": section(q, 1),
+        "qk_scale": scale * math.log2(math.e),
+        "scale": scale,
+        "GROUP": group,
+        "Q_STAGES": tile.q_stages,
+        "DO_STAGES": tile.do_stages,
+        "CAUSAL": causal,
+        "KEY_TAIL": num_keys % KEYS != 0,
+    }
+    return Launch(
+        kernel=backward_kernel,
+        num_programs=num_tiles * batch * num_kv_heads,
+        arguments=arguments,
+        options=_OPTIONS,
+    )
+
+
+def _layout(block: list[int], dtype: torch.dtype) -> Any:
+    return NVMMASharedLayout.get_default_for(block, _DTYPES[dtype])
+
+
+def _describe(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Describe a (batch, heads, rows, head_dim) tensor of which `rows` rows are moved at a time."""
+    block = [1, 1, rows, tensor.shape[3]]
+    # The stride of a dimension of one is never used, but the descriptor checks it.
+    strides = [s if n > 1 else 64 for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+    return TensorDescriptor(
+        tensor, list(tensor.shape), [*strides[:-1], 1], block, _layout(block, tensor.dtype)
+    )
