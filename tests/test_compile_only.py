@@ -112,7 +112,7 @@ for causal in (False, True):
 
 @pytest.mark.slow
 def test_hopper_kernels_fit_and_keep_their_products_in_flight() -> None:
-    """The assembler may crash, spill, or have products wait for one another: Triton says nothing."""
+    """The assembler may crash, spill, or serialize products, of which Triton says nothing."""
     done = python("-c", HOPPER_RESOURCES)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";") for line in done.stdout.splitlines()]
