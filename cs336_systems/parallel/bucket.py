@@ -20,7 +20,9 @@ from cs336_systems.parallel.collectives import Group, all_reduce_together
 from cs336_systems.parallel.layout import (
     check_strided,
     gradient_strides,
+    has_strides,
     in_memory_order,
+    is_alone,
     laid_out_gradient,
 )
 
@@ -56,6 +58,7 @@ class Bucket:
             0 if in_place else padded_numel(parameter, communication_dtype)
             for parameter, in_place in zip(self.parameters, self._is_in_place, strict=True)
         ]
+        self._strides = [gradient_strides(parameter) for parameter in self.parameters]
         self._offsets = [0, *accumulate(sizes)]
         self._copied_bytes = [size * dtype.itemsize for size in sizes]
         self.flat = torch.zeros(self._offsets[-1], dtype=dtype, device=device)
@@ -77,7 +80,7 @@ class Bucket:
         if parameter.grad is None or parameter.grad is view:
             return
         if view is None:
-            laid_out_gradient(parameter)
+            self._own(slot)
         else:
             view.copy_(check_strided(parameter.grad))
             parameter.grad = view
@@ -85,7 +88,7 @@ class Bucket:
     def collect(self, slot: int) -> bool:
         """Note that a gradient is there to be reduced; tells whether enough are to be drained."""
         if self._is_in_place[slot]:
-            laid_out_gradient(self.parameters[slot])
+            self._own(slot)
             return False
         self._pending.append(slot)
         self._pending_bytes += self._copied_bytes[slot]
@@ -99,13 +102,8 @@ class Bucket:
     def fill(self) -> None:
         """Have all that is to travel in `messages`, zeros for missing gradients."""
         self._copy_in(slot for slot, view in enumerate(self.views) if view is not None)
-        in_place = [
-            laid_out_gradient(parameter).detach()
-            for parameter, in_place in zip(self.parameters, self._is_in_place, strict=True)
-            if in_place
-        ]
-        runs = [self.wire, *map(in_memory_order, in_place)]
-        self.messages = [run for run in runs if run.numel()]
+        runs = (self._own(slot) for slot, in_place in enumerate(self._is_in_place) if in_place)
+        self.messages = [run for run in (self.wire, *runs) if run.numel()]
 
     def launch(self, group: Group, average_op: Any, *, async_op: bool) -> None:
         """Start to reduce the bucket."""
@@ -128,6 +126,16 @@ class Bucket:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             if parameter.grad is None and view is not None:
                 parameter.grad = view
+
+    def _own(self, slot: int) -> Tensor:
+        """Return a gradient in place as a run of memory that is its own, made so if it was not."""
+        parameter = self.parameters[slot]
+        grad = parameter.grad
+        if grad is None or not has_strides(grad, self._strides[slot]) or not is_alone(grad):
+            grad = laid_out_gradient(parameter)
+        if grad.requires_grad or not grad.is_contiguous():
+            return in_memory_order(grad.detach())
+        return grad
 
     def _forget(self) -> None:
         self._work = None
@@ -156,12 +164,10 @@ class Bucket:
             torch._foreach_copy_(targets, sources)
 
     def _views_of(self, memory: Tensor) -> list[Tensor | None]:
-        places = zip(self.parameters, self._is_in_place, self._offsets, strict=False)
+        places = zip(self.parameters, self._strides, self._is_in_place, self._offsets, strict=False)
         return [
-            None
-            if in_place
-            else memory.as_strided(parameter.shape, gradient_strides(parameter), offset)
-            for parameter, in_place, offset in places
+            None if in_place else memory.as_strided(parameter.shape, strides, offset)
+            for parameter, strides, in_place, offset in places
         ]
 
 
