@@ -18,6 +18,8 @@ No product is in flight from one turn to the next: ptxas would then let none be 
 Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), appendix.
 """
 
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 from triton._C.libtriton import ir
@@ -58,9 +60,9 @@ def place(turn, first_row, per_head, GROUP: gl.constexpr):
 
 @gluon.jit
 def produce(
-    q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full, do_empty,
-    batch, kv_head, key0, first_row, per_head,
     GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full,
+    do_empty, batch, kv_head, key0, first_row, per_head,
 ):  # fmt: skip
     mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
@@ -178,12 +180,11 @@ def one_turn(
 
 @gluon.jit
 def consume(
-    dq, dk_desc, dv_desc, lse2_ptr, delta_ptr, q_slots, do_slots, k_slot, v_slots, ds_slots,
-    dq_slots, kv_full, q_full, q_empty, do_full, do_empty,
-    batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded, num_keys,
-    qk_scale, scale,
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
+    dq, dk_desc, dv_desc, lse2_ptr, delta_ptr, q_slots, do_slots, k_slot, v_slots, ds_slots,
+    dq_slots, kv_full, q_full, q_empty, do_full, do_empty, batch, kv_head, num_heads, key0,
+    first_row, per_head, num_queries_padded, num_keys, qk_scale, scale,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys, and this group's share of dQ."""
     dtype: gl.constexpr = q_slots.dtype
@@ -312,110 +313,22 @@ def backward_kernel(
         mbarrier.init(do_full.index(stage), count=1)
         mbarrier.init(do_empty.index(stage), count=2)
     fence_async_shared()
+    shared = (
+        dq, dk, dv, lse2_ptr, delta_ptr, q_slots, do_slots, k_slot, v_slots, ds_slots, dq_slots,
+        kv_full, q_full, q_empty, do_full, do_empty,
+        batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded, num_keys,
+        qk_scale, scale,
+    )  # fmt: skip
+    fetched = (
+        q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full,
+        do_empty, batch, kv_head, key0, first_row, per_head,
+    )  # fmt: skip
+    # Constants stay such only outside of variables. Gluon has no unpacking.
     gl.warp_specialize(
         [
-            (
-                consume,
-                (
-                    dq,
-                    dk,
-                    dv,
-                    lse2_ptr,
-                    delta_ptr,
-                    q_slots,
-                    do_slots,
-                    k_slot,
-                    v_slots,
-                    ds_slots,
-                    dq_slots,
-                    kv_full,
-                    q_full,
-                    q_empty,
-                    do_full,
-                    do_empty,
-                    batch,
-                    kv_head,
-                    num_heads,
-                    key0,
-                    first_row,
-                    per_head,
-                    num_queries_padded,
-                    num_keys,
-                    qk_scale,
-                    scale,
-                    0,
-                    GROUP,
-                    Q_STAGES,
-                    DO_STAGES,
-                    CAUSAL,
-                    KEY_TAIL,
-                    HEAD_DIM,
-                ),
-            ),
-            (
-                consume,
-                (
-                    dq,
-                    dk,
-                    dv,
-                    lse2_ptr,
-                    delta_ptr,
-                    q_slots,
-                    do_slots,
-                    k_slot,
-                    v_slots,
-                    ds_slots,
-                    dq_slots,
-                    kv_full,
-                    q_full,
-                    q_empty,
-                    do_full,
-                    do_empty,
-                    batch,
-                    kv_head,
-                    num_heads,
-                    key0,
-                    first_row,
-                    per_head,
-                    num_queries_padded,
-                    num_keys,
-                    qk_scale,
-                    scale,
-                    1,
-                    GROUP,
-                    Q_STAGES,
-                    DO_STAGES,
-                    CAUSAL,
-                    KEY_TAIL,
-                    HEAD_DIM,
-                ),
-            ),
-            (
-                produce,
-                (
-                    q,
-                    k,
-                    v,
-                    do,
-                    q_slots,
-                    do_slots,
-                    k_slot,
-                    v_slots,
-                    kv_full,
-                    q_full,
-                    q_empty,
-                    do_full,
-                    do_empty,
-                    batch,
-                    kv_head,
-                    key0,
-                    first_row,
-                    per_head,
-                    GROUP,
-                    Q_STAGES,
-                    DO_STAGES,
-                ),
-            ),
+            (consume, (0, GROUP, Q_STAGES, DO_STAGES, CAUSAL, KEY_TAIL, HEAD_DIM) + shared),
+            (consume, (1, GROUP, Q_STAGES, DO_STAGES, CAUSAL, KEY_TAIL, HEAD_DIM) + shared),
+            (produce, (GROUP, Q_STAGES, DO_STAGES) + fetched),
         ],
         [4, 1],
         [240, 24],

@@ -15,6 +15,8 @@ running maximum and sum, L its log-sum-exp.
 Source: Shah et al. 2024 (FlashAttention-3), section 3; Dao 2023 (FlashAttention-2), algorithm 1.
 """
 
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -43,10 +45,10 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 
 @gluon.jit
 def produce(
-    q, k, v, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
-    batch, head, tile, num_keys,
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    q, k, v, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty, batch, head,
+    tile, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
     row0 = tile * (NUM_GROUPS * ROWS)
@@ -87,11 +89,11 @@ def rescale(l_i, alpha):
 
 @gluon.jit
 def consume(
-    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, k_full, k_empty, v_full, v_empty,
-    batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
+    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, k_full, k_empty, v_full, v_empty,
+    batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend with the 64 queries of warpgroup WHICH."""
     dtype: gl.constexpr = o.dtype
@@ -239,96 +241,29 @@ def forward_kernel(
         mbarrier.init(k_empty.index(stage), count=NUM_GROUPS)
         mbarrier.init(v_empty.index(stage), count=NUM_GROUPS)
     fence_async_shared()
+    shared = (
+        o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, k_full, k_empty, v_full, v_empty,
+        batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
+    )  # fmt: skip
+    fetched = (
+        q, k, v, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
+        batch, head, tile, num_keys,
+    )  # fmt: skip
+    # Constants stay such only outside of variables. Gluon has no unpacking.
     if NUM_GROUPS == 2:
         gl.warp_specialize(
             [
                 (
                     consume,
-                    (
-                        o,
-                        lse_ptr,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        o_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        batch_head,
-                        tile,
-                        num_queries,
-                        num_keys,
-                        qk_scale,
-                        0,
-                        2,
-                        STAGES,
-                        CAUSAL,
-                        KEY_TAIL,
-                        PING_PONG,
-                        BLOCK_N,
-                        HEAD_DIM,
-                    ),
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    + shared,
                 ),
                 (
                     consume,
-                    (
-                        o,
-                        lse_ptr,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        o_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        batch_head,
-                        tile,
-                        num_queries,
-                        num_keys,
-                        qk_scale,
-                        1,
-                        2,
-                        STAGES,
-                        CAUSAL,
-                        KEY_TAIL,
-                        PING_PONG,
-                        BLOCK_N,
-                        HEAD_DIM,
-                    ),
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    + shared,
                 ),
-                (
-                    produce,
-                    (
-                        q,
-                        k,
-                        v,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        tile,
-                        num_keys,
-                        GROUP,
-                        NUM_GROUPS,
-                        STAGES,
-                        CAUSAL,
-                        BLOCK_N,
-                    ),
-                ),
+                (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
             ],
             [4, 1],
             [240, 24],
@@ -339,122 +274,20 @@ def forward_kernel(
             [
                 (
                     consume,
-                    (
-                        o,
-                        lse_ptr,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        o_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        batch_head,
-                        tile,
-                        num_queries,
-                        num_keys,
-                        qk_scale,
-                        0,
-                        3,
-                        STAGES,
-                        CAUSAL,
-                        KEY_TAIL,
-                        PING_PONG,
-                        BLOCK_N,
-                        HEAD_DIM,
-                    ),
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    + shared,
                 ),
                 (
                     consume,
-                    (
-                        o,
-                        lse_ptr,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        o_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        batch_head,
-                        tile,
-                        num_queries,
-                        num_keys,
-                        qk_scale,
-                        1,
-                        3,
-                        STAGES,
-                        CAUSAL,
-                        KEY_TAIL,
-                        PING_PONG,
-                        BLOCK_N,
-                        HEAD_DIM,
-                    ),
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    + shared,
                 ),
                 (
                     consume,
-                    (
-                        o,
-                        lse_ptr,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        o_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        batch_head,
-                        tile,
-                        num_queries,
-                        num_keys,
-                        qk_scale,
-                        2,
-                        3,
-                        STAGES,
-                        CAUSAL,
-                        KEY_TAIL,
-                        PING_PONG,
-                        BLOCK_N,
-                        HEAD_DIM,
-                    ),
+                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    + shared,
                 ),
-                (
-                    produce,
-                    (
-                        q,
-                        k,
-                        v,
-                        q_slots,
-                        k_slots,
-                        v_slots,
-                        q_full,
-                        k_full,
-                        k_empty,
-                        v_full,
-                        v_empty,
-                        batch,
-                        head,
-                        tile,
-                        num_keys,
-                        GROUP,
-                        NUM_GROUPS,
-                        STAGES,
-                        CAUSAL,
-                        BLOCK_N,
-                    ),
-                ),
+                (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
             ],
             [4, 4, 1],
             [160, 160, 32],
