@@ -172,7 +172,7 @@ def default_trainings(device: torch.device, *, smoke: bool) -> Trainings:
             batches=(2, 24),
             ranks=(2, *(number for number in (4, 8) if number <= found)),
             precisions=("bf16",),
-            bucket_mb=(1, 10, 100, 1000),
+            bucket_mb=(1, 10, 100, 250, 500, 1000),
             **common,
         )
     if smoke:

@@ -47,7 +47,7 @@ def test_grid_is_the_handouts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("xl", 512, batch, ranks, "bf16", "fp32") for batch in (2, 24) for ranks in (2, 4)
     }
     swept = [case.bucket_mb for case in full.bucket_cases() if case.strategy == "flashddp"]
-    assert swept == [1, 10, 100, 1000] * 2
+    assert swept == [1, 10, 100, 250, 500, 1000] * 2
     assert {case.batch for case in full.bucket_cases()} == {24}
 
 
