@@ -214,21 +214,19 @@ def chosen_trainings(option: Option, device: torch.device, *, smoke: bool) -> Tr
         parse = one_of(f"--{key}", choices)
         return listed(option(key), f"--{key}", getattr(default, key), parse)
 
-    def numbers(key: str, option_name: str) -> tuple[int, ...]:
-        fallback = getattr(default, key)
-        return listed(option(key), option_name, fallback, at_least(option_name, 1))
+    def numbers(field: str, key: str) -> tuple[int, ...]:
+        name = f"--{key.replace('_', '-')}"
+        return listed(option(key), name, getattr(default, field), at_least(name, 1))
 
     return Trainings(
         strategies=names("strategies", STRATEGIES),
         sizes=names("sizes", PRESETS),
-        contexts=numbers("contexts", "--contexts"),
-        batches=listed(
-            option("rank_batch"), "--rank-batch", default.batches, at_least("--rank-batch", 1)
-        ),
-        ranks=numbers("ranks", "--ranks"),
+        contexts=numbers("contexts", "contexts"),
+        batches=numbers("batches", "rank_batch"),
+        ranks=numbers("ranks", "ranks"),
         precisions=chosen_precisions(option, default.precisions),
         communications=names("communications", DTYPES),
-        bucket_mb=numbers("bucket_mb", "--bucket-mb"),
+        bucket_mb=numbers("bucket_mb", "bucket_mb"),
         profiled=not option("no_timeline"),
     )
 

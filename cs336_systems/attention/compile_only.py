@@ -61,8 +61,8 @@ class Usage(NamedTuple):
     shared_bytes: int
     overwritten: int = 0
     """Products that read, from their second turn on, what something else left in a register."""
-    serialized: bool = False
-    """Whether each product of a warpgroup waits for the one before."""
+    serialized: bool | None = None
+    """Whether each product of a warpgroup waits for the one before; asked of Gluon's kernels."""
 
 
 class Row(NamedTuple):
@@ -88,14 +88,15 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
             constants[name] = value
         elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[index,] = [["tt.divisibility", 16]]
-    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    is_gluon = isinstance(launch.kernel, GluonJITFunction)
+    kind = GluonASTSource if is_gluon else ASTSource
     source = kind(launch.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
     cubin = compiled.asm["cubin"]
     registers, stack = _resources(cubin)
     overwritten = len(overwritten_operands(_disassemble(cubin)))
-    serialized = architecture == 90 and is_serialized(compiled.asm["ptx"])
+    serialized = is_serialized(compiled.asm["ptx"]) if is_gluon else None
     return Usage(registers, stack, compiled.metadata.shared, overwritten, serialized)
 
 

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, locate, meet, release
+from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
 
 KEYS = gl.constexpr(128)
 
@@ -64,6 +64,7 @@ def produce(
     q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full,
     do_empty, batch, kv_head, key0, first_row, per_head,
 ):  # fmt: skip
+    """Fetch K and V, then Q and dO turn by turn, as slots become free."""
     mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
     for group in gl.static_range(2):
@@ -99,6 +100,26 @@ def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def times_keys(dS, K_all, WHICH: gl.constexpr, SPLIT: gl.constexpr):
+    """Begin dQ = dS K: this group's half of the columns, or all of them."""
+    K = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
+    zeros = gl.zeros((ROWS, 64), gl.float32, sums_layout(64))
+    return warpgroup_mma(dS.permute((1, 0)), K, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def store_rows(target, batch, kv_head, row0, num_rows, stage, rows, dtype: gl.constexpr):
+    """Send the rows of a group to `target`, and wait until they have left `stage`."""
+    gl.thread_barrier()
+    stage.reshape([ROWS, rows.shape[1]]).store(rows.to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    if row0 < num_rows:
+        tma.async_copy_shared_to_global(target, [batch, kv_head, row0, 0], stage)
+    tma.store_wait(0)
+
+
+@gluon.jit
 def one_turn(
     dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
     q_full, q_empty, do_full, do_empty,
@@ -107,15 +128,11 @@ def one_turn(
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row and dq_row: the first row of this turn, and of the turn before, in L, D and the
-    dQ buffer. PARITY of the turn, or None where nothing depends on it."""
+    dQ buffer. PARITY of the turn counts where groups take turns with dQ."""
     dtype: gl.constexpr = q_slots.dtype
     HEAD_DIM: gl.constexpr = K_all.shape[1]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16]
-    )
-    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
-    )
+    S_LAYOUT: gl.constexpr = sums_layout(ROWS)
+    D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
     HELD: gl.constexpr = gl.DotOperandLayout(0, D_LAYOUT, 2)
     COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     SPLIT: gl.constexpr = HEAD_DIM == 128  # both groups have half of dQ's columns; or take turns
@@ -129,8 +146,7 @@ def one_turn(
     if not SPLIT:
         L = gl.load(lse2_ptr + row + cols)
     if MINE and not FIRST:
-        K_part = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
-        dQ = warpgroup_mma(dS_before.permute((1, 0)), K_part, zeros, use_acc=False, is_async=True)
+        dQ = times_keys(dS_before, K_all, WHICH, SPLIT)
     mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
     Q = q_slots.index(q_slot).reshape([ROWS, HEAD_DIM])
     S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -188,9 +204,7 @@ def consume(
 ):  # fmt: skip
     """Compute dK and dV of 64 keys, and this group's share of dQ."""
     dtype: gl.constexpr = q_slots.dtype
-    D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
-    )
+    D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
     SPLIT: gl.constexpr = HEAD_DIM == 128
     STEP: gl.constexpr = 1 if SPLIT else 2
     dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
@@ -229,15 +243,10 @@ def consume(
             before = row
 
     # What the last turn has left.
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16]
-    )
-    zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
     dS = ds_slots.index(1)
     Q = q_slots.index((num - 1) % Q_STAGES).reshape([ROWS, HEAD_DIM])
     if SPLIT or WHICH == 1:
-        K_part = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
-        dQ = warpgroup_mma(dS.permute((1, 0)), K_part, zeros, use_acc=False, is_async=True)
+        dQ = times_keys(dS, K_all, WHICH, SPLIT)
         dk = warpgroup_mma(dS.slice(WHICH * ROWS, ROWS, 0), Q, dk, is_async=True)
         dQ_now = warpgroup_mma_wait(1, (dQ,))
         send(dq, dq_slot, dQ_now, before, WHICH, SPLIT)
@@ -246,20 +255,10 @@ def consume(
 
     # V is read by this group alone, and not any more.
     stage = v_slots.index(WHICH)
-    stage.reshape([ROWS, HEAD_DIM]).store(dv.to(dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    if key0 + WHICH * ROWS < num_keys:
-        tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, key0 + WHICH * ROWS, 0], stage)
-    tma.store_wait(0)
+    key = key0 + WHICH * ROWS
+    store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
     dk = warpgroup_mma_wait(0, (dk,))
-    gl.thread_barrier()
-    stage.reshape([ROWS, HEAD_DIM]).store((dk * scale).to(dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    if key0 + WHICH * ROWS < num_keys:
-        tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, key0 + WHICH * ROWS, 0], stage)
-    tma.store_wait(0)
+    store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "section"])

@@ -18,6 +18,14 @@ _FIRST_BARRIER = 8
 """Ids below are Triton's own."""
 
 
+@constexpr_function
+def sums_layout(columns):
+    """Return how the sums of 64 rows of a product lie in a warpgroup's registers."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+    )
+
+
 @gluon.jit
 def locate(pid, num_tiles, num_batch_heads, section):
     """Return the (tile, batch and head) of a program, as the portable kernels' `locate`."""

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, locate, meet, release
+from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
 
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -92,17 +92,13 @@ def consume(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, k_full, k_empty, v_full, v_empty,
+    o, lse_ptr, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
     batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend with the 64 queries of warpgroup WHICH."""
     dtype: gl.constexpr = o.dtype
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
-    )
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
-    )
+    S_LAYOUT: gl.constexpr = sums_layout(BLOCK_N)
+    O_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -120,7 +116,6 @@ def consume(
         mbarrier.wait(k_full.index(slot), parity)
         if PING_PONG:
             meet(WHICH, True)  # every group takes as many turns
-        if PING_PONG:
             meet(NEXT, False)
         release(k_empty.index(slot))
         mbarrier.wait(v_full.index(slot), parity)
@@ -182,11 +177,12 @@ def consume(
     acc = warpgroup_mma_wait(0, (acc,))
     # No slot is used again: nobody waits for its release.
     acc = acc * gl.convert_layout(1.0 / total, O_ROWS)[:, None]
-    o_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
+    # O takes the room of this group's Q, which was last read in its last turn.
+    q_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
     fence_async_shared()
     gl.thread_barrier()
     if row0 < num_queries:
-        tma.async_copy_shared_to_global(o, [batch, head, row0, 0], o_slots.index(WHICH))
+        tma.async_copy_shared_to_global(o, [batch, head, row0, 0], q_slots.index(WHICH))
         rows = row0 + gl.arange(0, ROWS, S_ROWS)
         at = lse_ptr + batch_head.to(gl.int64) * num_queries
         gl.store(at + rows, lse, mask=rows < num_queries)
@@ -223,8 +219,6 @@ def forward_kernel(
     batch, head = batch_head // num_heads, batch_head % num_heads
 
     q_slots = gl.allocate_shared_memory(q.dtype, [NUM_GROUPS, 1, 1, ROWS, HEAD_DIM], q.layout)
-    # A group reads its Q until its last turn, and needs room for O only after it.
-    o_slots = q_slots
     k_slots = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout)
     v_slots = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -242,7 +236,7 @@ def forward_kernel(
         mbarrier.init(v_empty.index(stage), count=NUM_GROUPS)
     fence_async_shared()
     shared = (
-        o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, k_full, k_empty, v_full, v_empty,
+        o, lse_ptr, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
         batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
     )  # fmt: skip
     fetched = (

@@ -20,9 +20,7 @@ from cs336_systems.parallel.collectives import Group, all_reduce_together
 from cs336_systems.parallel.layout import (
     check_strided,
     gradient_strides,
-    has_strides,
     in_memory_order,
-    is_alone,
     laid_out_gradient,
 )
 
@@ -88,7 +86,6 @@ class Bucket:
     def collect(self, slot: int) -> bool:
         """Note that a gradient is there to be reduced; tells whether enough are to be drained."""
         if self._is_in_place[slot]:
-            self._own(slot)
             return False
         self._pending.append(slot)
         self._pending_bytes += self._copied_bytes[slot]
@@ -129,10 +126,7 @@ class Bucket:
 
     def _own(self, slot: int) -> Tensor:
         """Return a gradient in place as a run of memory that is its own, made so if it was not."""
-        parameter = self.parameters[slot]
-        grad = parameter.grad
-        if grad is None or not has_strides(grad, self._strides[slot]) or not is_alone(grad):
-            grad = laid_out_gradient(parameter)
+        grad = laid_out_gradient(self.parameters[slot], self._strides[slot])
         if grad.requires_grad or not grad.is_contiguous():
             return in_memory_order(grad.detach())
         return grad

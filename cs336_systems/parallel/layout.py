@@ -39,13 +39,17 @@ def gradient_strides(parameter: Tensor) -> tuple[int, ...]:
     return torch.empty(parameter.shape, device="meta").stride()
 
 
-def laid_out_gradient(parameter: nn.Parameter) -> Tensor:
+def laid_out_gradient(
+    parameter: nn.Parameter, strides: tuple[int, ...] | None = None
+) -> Tensor:  # fmt: skip
     """Return the gradient in its parameter's layout and in memory of its own, made so if it was
     not; zeros if there was none.
 
+    strides: the parameter's `gradient_strides`, if they are known.
     Raises: UsageError for a sparse gradient.
     """
-    grad, strides = parameter.grad, gradient_strides(parameter)
+    grad = parameter.grad
+    strides = gradient_strides(parameter) if strides is None else strides
     if grad is not None and has_strides(grad, strides) and is_alone(grad):
         return grad
     fresh = torch.empty_strided(
