@@ -53,6 +53,12 @@ ATTENTION = Table(
             summary="FlashAttention-2 as Triton kernels, forward and backward",
             needs=("triton",),
         ),
+        "flash_attention_hopper": Entry(
+            target=f"{_HERE}.flash_hopper:flash_attention_hopper",
+            summary="FlashAttention as warp-specialised kernels for Hopper",
+            needs=("cuda", "sm_90"),
+            dtypes=_HALF,
+        ),
         "sdpa": Entry(
             target=f"{_HERE}.peers:sdpa",
             summary="torch's scaled_dot_product_attention, backend of torch's choice",

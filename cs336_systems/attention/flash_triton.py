@@ -18,7 +18,7 @@ from cs336_systems.attention.autograd import (
     distinct,
     forbid_second_derivative,
 )
-from cs336_systems.attention.triton_run import backward, empty_like, forward
+from cs336_systems.attention.triton_run import PORTABLE, backward, empty_like, forward
 from cs336_systems.errors import bad
 from cs336_systems.table import interpreting
 
@@ -48,7 +48,7 @@ def flash_attention_triton(
 
 
 class FlashAttentionTriton(torch.autograd.Function):
-    """`apply(q, k, v, is_causal=False, scale=None, deterministic=False)`."""
+    """`apply(q, k, v, is_causal=False, scale=None, deterministic=False, kernels="portable")`."""
 
     @staticmethod
     def forward(
@@ -59,17 +59,18 @@ class FlashAttentionTriton(torch.autograd.Function):
         is_causal: bool = False,
         scale: float | None = None,
         deterministic: bool = False,
+        kernels: str = PORTABLE,
     ) -> Tensor:
         """Compute O; keep q, k, v, O and L."""
         q, k, v = autocast_inputs(q, k, v)
         ctx.is_causal = is_causal
         ctx.scale = scale_or_default(scale, q.shape[-1])
-        ctx.deterministic = deterministic
+        ctx.deterministic, ctx.kernels = deterministic, kernels
         if _at_once(q):
-            o, lse = forward(q, k, v, is_causal, ctx.scale, check_kernel_arguments)
+            o, lse = forward(q, k, v, is_causal, ctx.scale, check_kernel_arguments, kernels=kernels)
         else:
             check_kernel_arguments(q, k, v)
-            o, lse = flash_attention_forward(q, k, v, is_causal, ctx.scale)
+            o, lse = flash_attention_forward(q, k, v, is_causal, ctx.scale, kernels)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -78,8 +79,10 @@ class FlashAttentionTriton(torch.autograd.Function):
         """Compute the gradients of q, k and v."""
         q, k, v, o, lse = ctx.saved_tensors
         run = backward if _at_once(do) else flash_attention_backward
-        gradients = run(do, q, k, v, o, lse, ctx.is_causal, ctx.scale, ctx.deterministic)
-        return *forbid_second_derivative(gradients, q, k, v, do), None, None, None
+        gradients = run(
+            do, q, k, v, o, lse, ctx.is_causal, ctx.scale, ctx.deterministic, kernels=ctx.kernels
+        )
+        return *forbid_second_derivative(gradients, q, k, v, do), None, None, None, None
 
 
 def check_kernel_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -117,19 +120,19 @@ def _at_once(tensor: Tensor) -> bool:
 
 @torch.library.custom_op("cs336_systems::flash_attention_forward", mutates_args=())
 def flash_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, kernels: str = PORTABLE
 ) -> tuple[Tensor, Tensor]:
     """Return O and L, the natural-log log-sum-exp of each row of scaled scores.
 
     Shapes: O as q, L (..., num_queries) in fp32.
     """
     check_kernel_arguments(q, k, v)
-    return forward(q, k, v, is_causal, scale)
+    return forward(q, k, v, is_causal, scale, kernels=kernels)
 
 
 @flash_attention_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, kernels: str = PORTABLE
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -145,21 +148,22 @@ def flash_attention_backward(
     is_causal: bool,
     scale: float,
     deterministic: bool,
+    kernels: str = PORTABLE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dQ, dK and dV."""
-    return backward(do, q, k, v, o, lse, is_causal, scale, deterministic)
+    return backward(do, q, k, v, o, lse, is_causal, scale, deterministic, kernels=kernels)
 
 
 @flash_attention_backward.register_fake
 def _(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    is_causal: bool, scale: float, deterministic: bool,
+    is_causal: bool, scale: float, deterministic: bool, kernels: str = PORTABLE,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return empty_like(q), empty_like(k), empty_like(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.is_causal, ctx.scale = inputs
+    q, k, v, ctx.is_causal, ctx.scale, ctx.kernels = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, o, lse)
@@ -168,9 +172,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, do: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse = ctx.saved_tensors
     dq, dk, dv = flash_attention_backward(
-        do, q, k, v, o, lse, ctx.is_causal, ctx.scale, deterministic=False
+        do, q, k, v, o, lse, ctx.is_causal, ctx.scale, deterministic=False, kernels=ctx.kernels
     )
-    return dq, dk, dv, None, None
+    return dq, dk, dv, None, None, None
 
 
 flash_attention_forward.register_autograd(_differentiate, setup_context=_save)

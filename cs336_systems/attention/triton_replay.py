@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cs336_systems.attention.triton_launch import Launch
 
@@ -80,7 +79,7 @@ class _Step(NamedTuple):
         arguments = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
         tensors, descriptors = [], []
         for index, value in enumerate(arguments):
-            if isinstance(value, TensorDescriptor):
+            if hasattr(value, "block_shape"):  # a descriptor, Triton's or Gluon's
                 descriptors.append((index, names[id(value.base)]))
                 arguments[index] = _without_base(value)
             elif isinstance(value, Tensor):
@@ -100,7 +99,7 @@ class _Step(NamedTuple):
         self.launch(*arguments)
 
 
-def _without_base(descriptor: TensorDescriptor) -> TensorDescriptor:
+def _without_base(descriptor: Any) -> Any:
     """Return a copy that keeps no tensor alive."""
     bare = copy.copy(descriptor)
     bare.base = None

@@ -34,20 +34,30 @@ from cs336_systems.table import interpreting
 MOST_PLANS = 4096
 """Plans kept; inputs of ever new shapes must not fill the memory."""
 Check = Callable[[Tensor, Tensor, Tensor], None]
+PORTABLE, HOPPER = "portable", "hopper"
+"""Kernels by name."""
 
 
 _REPLAYS: dict[tuple[Any, ...], Replay] = {}
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, check: Check | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float,
+    check: Check | None = None,
+    *,
+    kernels: str = PORTABLE,
 ) -> tuple[Tensor, Tensor]:
     """Return O and L. A row that sees no key has O = 0 and L = -inf.
 
+    kernels: PORTABLE, or HOPPER for inputs that `flash_hopper.unfit` has nothing against.
     `check` is called unless inputs of the same shapes, strides and kinds have passed it before.
     """
     inputs = {"q": q, "k": k, "v": v}
-    key = _key("forward", is_causal, scale, precision(q.dtype), **inputs)
+    key = _key("forward", kernels, is_causal, scale, precision(q.dtype), **inputs)
     if (replay := _REPLAYS.get(key)) is not None:
         with _on(q.device):
             made = replay.run(inputs)
@@ -57,7 +67,8 @@ def forward(
     if k.shape[-2] == 0 or q.numel() == 0:
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
         return empty_like(q).zero_(), lse
-    plan = _plan_forward(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
+    plan_for = _plan_hopper_forward if kernels == HOPPER else _plan_forward
+    plan = plan_for(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
     made = _first_run(key, inputs, plan)
     return _shaped(made["o"], q.shape), _shaped(made["lse"], q.shape[:-1])
 
@@ -72,14 +83,19 @@ def backward(
     is_causal: bool,
     scale: float,
     deterministic: bool,
+    *,
+    kernels: str = PORTABLE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dQ, dK and dV."""
+    """Return dQ, dK and dV; `kernels` as in `forward`, portable ones where it is deterministic."""
     if do.stride(-1) != 1 and do.shape[-1] > 1:
         # The gradient of a sum is one number expanded: no stride of 1 anywhere.
         do = do.contiguous()
     inputs = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    key = _key("backward", is_causal, scale, precision(q.dtype), deterministic, **inputs)
+    if deterministic:
+        kernels = PORTABLE
+    settings = (kernels, is_causal, scale, precision(q.dtype), deterministic)
+    key = _key("backward", *settings, **inputs)
     if (replay := _REPLAYS.get(key)) is not None:
         with _on(q.device):
             made = replay.run(inputs)
@@ -88,7 +104,11 @@ def backward(
         dq, dk, dv = (empty_like(tensor).zero_() for tensor in (q, k, v))
         return dq, dk, dv
     views = [as_4d(tensor) for tensor in (do, q, k, v, o)]
-    made = _first_run(key, inputs, _plan_backward(views, lse, is_causal, scale, deterministic))
+    if kernels == HOPPER:
+        plan = _plan_hopper_backward(views, lse, is_causal, scale)
+    else:
+        plan = _plan_backward(views, lse, is_causal, scale, deterministic)
+    made = _first_run(key, inputs, plan)
     return _gradients(made, q, k, v)
 
 
@@ -169,6 +189,38 @@ def _plan_backward(
         tile = _tile("keys", tiles.keys, made, keys, preprocess)
         last = queries(made, _tile("queries", tiles.queries, made, queries, preprocess))
     launches = [preprocess(made), keys(made, tile), last]
+    return Plan(launches, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}, made)
+
+
+def _plan_hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> Plan:  # fmt: skip
+    from cs336_systems.attention.hopper_launch import loadable, plan_hopper_forward
+
+    q, k, v = loadable(q), loadable(k), loadable(v)
+    made = {"o": empty_like(q), "lse": q.new_empty(q.shape[:-1], dtype=torch.float32)}
+    launch = plan_hopper_forward(q, k, v, made["o"], made["lse"], causal=causal, scale=scale)
+    return Plan([launch], {"q": q, "k": k, "v": v}, made)
+
+
+def _plan_hopper_backward(views: list[Tensor], lse: Tensor, causal: bool, scale: float) -> Plan:
+    from cs336_systems.attention.hopper_launch import loadable, plan_hopper_backward
+
+    do, q, k, v, o = (loadable(tensor) for tensor in views)
+    made = {"dq": empty_like(q), "dk": empty_like(k), "dv": empty_like(v)}
+    rows = triton.cdiv(q.shape[2], ROWS_MULTIPLE) * ROWS_MULTIPLE
+    for name in ("lse2", "delta"):
+        made[name] = q.new_empty((*q.shape[:2], rows), dtype=torch.float32)
+    shape = (q.shape[0] * q.shape[1] * rows, q.shape[3])
+    made["dq_sum"] = q.new_empty(shape, dtype=torch.float32)
+    launches = [
+        plan_preprocess(o, do, lse, made["lse2"], made["delta"], made["dq_sum"]),
+        plan_hopper_backward(
+            q, k, v, do, made["lse2"], made["delta"], made["dq_sum"], made["dk"], made["dv"],
+            causal=causal, scale=scale,
+        ),
+        plan_postprocess(made["dq_sum"], made["dq"], rows, scale),
+    ]  # fmt: skip
     return Plan(launches, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}, made)
 
 
