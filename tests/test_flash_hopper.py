@@ -1,10 +1,7 @@
-"""The Hopper kernels: what they take, what their code is like, and on a Hopper GPU against fp64."""
+"""The Hopper kernels: what they take, and on a Hopper GPU against fp64."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -28,44 +25,6 @@ ON_HOPPER = [
     pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0"),
 ]
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 449]
-MOST_SPILLED = {
-    ("forward", 64): 0,
-    ("forward", 128): 0,
-    ("backward", 64): 80,
-    ("backward", 128): 128,
-}
-
-RESOURCES = """
-import torch
-from cs336_systems.attention.compile_only import compile_launch, hopper_launches
-for causal in (False, True):
-    for length, group in ((2048, 1), (2000, 2)):
-        how = {"causal": causal, "length": length, "group": group}
-        for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 128)):
-            for name, launch in hopper_launches(dtype, dim, **how):
-                used = compile_launch(launch, 90)
-                print(name, dim, used.stack_bytes, used.shared_bytes, used.serialized, sep=";")
-"""
-
-
-@pytest.mark.slow
-def test_kernels_fit_and_keep_their_products_in_flight() -> None:
-    """Compiled for sm_90 without a GPU: the assembler may crash, serialize or spill in silence."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RESOURCES],
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split(";") for line in done.stdout.splitlines()]
-    assert len(rows) == 24
-    for name, head_dim, spilled, shared, serialized in rows:
-        assert int(spilled) <= MOST_SPILLED[name, int(head_dim)], (name, head_dim)
-        assert int(shared) <= 227 * 1024
-        assert serialized == "False"
 
 
 # --- what they take ---
