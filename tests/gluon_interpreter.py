@@ -55,8 +55,8 @@ class Task:
     error: BaseException | None = None
     products: deque[Callable[[], None]] = field(default_factory=deque)
     """In flight, in order."""
-    num_stores: int = 0
-    """Of the accelerator, not yet done."""
+    stores: list[bool] = field(default_factory=list)
+    """Of the accelerator, in order: which are done."""
     unfenced: list[Tensor] = field(default_factory=list)
     """Marks of shared memory that it has written and that only threads can see."""
 
@@ -214,6 +214,11 @@ class Shared:
         self.marks.fill_(True)
         machine().task.unfenced.append(self.marks)
 
+    def load(self, _layout: Any) -> Tensor:
+        """As threads do, for which no fence is needed."""
+        machine().switch()
+        return self.data.clone()
+
     def read(self) -> Tensor:
         """As products and the accelerator do."""
         if self.marks.any():
@@ -364,20 +369,22 @@ def _copy_in(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target
 def _copy_out(descriptor: Descriptor, at: Sequence[Any], source: Shared, add: bool = False) -> None:
     machine().switch()
     task, at = machine().task, [int(each) for each in at]
-    task.num_stores += 1
+    number = len(task.stores)
+    task.stores.append(False)
 
     def leave() -> None:
         target, part = descriptor.inside(at)
         value = source.read().view(descriptor.block_shape)[part]
         descriptor.tensor[target] = descriptor.tensor[target] + value if add else value
-        task.num_stores -= 1
+        task.stores[number] = True
 
     machine().events.append(leave)
 
 
 def _wait_for_stores(num_outstanding: int) -> None:
     task = machine().task
-    machine().switch(lambda: task.num_stores <= num_outstanding, "its stores")
+    older = range(len(task.stores) - num_outstanding)  # they may end in any order
+    machine().switch(lambda: all(task.stores[each] for each in older), "its stores")
 
 
 def _named_barrier(text: str, *_: Any, **__: Any) -> None:

@@ -106,7 +106,8 @@ for causal in (False, True):
         for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128)):
             for name, launch in hopper_launches(dtype, dim, **how):
                 used = compile_launch(launch, 90)
-                print(name, dim, used.stack_bytes, used.shared_bytes, used.serialized, sep=";")
+                flags = used.serialized, used.overwritten
+                print(name, dim, used.stack_bytes, used.shared_bytes, *flags, sep=";")
 """
 
 
@@ -117,10 +118,12 @@ def test_hopper_kernels_fit_and_keep_their_products_in_flight() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";") for line in done.stdout.splitlines()]
     assert len(rows) == 16
-    for name, head_dim, spilled, shared, serialized in rows:
+    for name, head_dim, spilled, shared, serialized, overwritten in rows:
         assert int(spilled) <= MOST_SPILLED_ON_HOPPER[name, int(head_dim)], (name, head_dim)
         assert int(shared) <= SHARED_BYTES[90]
         assert serialized == "False"
+        # The forward kernel's P is meant to change from turn to turn; K and V held are not.
+        assert overwritten == "0" or name == "forward"
 
 
 LOOP = """
@@ -140,7 +143,11 @@ LOOP = """
 )
 def test_overwritten_operands_are_found(changed: str, num_wrong: int) -> None:
     """R100 to R103 are set before the loop; R88 is set in it, before its product."""
-    assert len(overwritten_operands(LOOP.format(changed=changed))) == num_wrong
+    loop = LOOP.format(changed=changed)
+    assert len(overwritten_operands(loop)) == num_wrong
+    # A loop around all of it, in which the operand is set anew, changes nothing.
+    around = loop.replace("        /*0050*/", "        /*0048*/  @!P1 BRA `(.L_x_0) ;\n        /*0050*/")
+    assert len(overwritten_operands(".L_x_0:" + around)) == num_wrong
 
 
 @pytest.mark.parametrize(

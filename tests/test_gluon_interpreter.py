@@ -34,8 +34,8 @@ FORWARD_TILES = {
     128: [FORWARD[128], ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=True)],
 }
 BACKWARD_TILES = {
-    64: [BACKWARD[64], BackwardTile(q_stages=3, do_stages=2)],
-    128: [BACKWARD[128], BackwardTile(q_stages=2, do_stages=2)],
+    64: [BACKWARD[64], BackwardTile(q_stages=3, do_stages=2, dq_slots=2, hold=False)],
+    128: [BACKWARD[128], BackwardTile(q_stages=3, do_stages=2, dq_slots=1, hold=False)],
 }
 
 
@@ -67,8 +67,22 @@ def backward(
         q, k, v, do, lse2, padded_delta, dq_sum, dk, dv, causal=is_causal, scale=scale, tile=tile
     )
     interpret(launch, seed, change)
-    dq = dq_sum.view(*lse2.shape, -1)[:, :, :num_queries] * scale
+    dq = rows_of(dq_sum).view(*lse2.shape, -1)[:, :, :num_queries] * scale
     return [dq.to(q.dtype), dk, dv]
+
+
+def rows_of(dq_sum: Tensor) -> Tensor:
+    """Return the dQ buffer's rows: element by element, by the bits of its place."""
+    head_dim = dq_sum.shape[1]
+    place = torch.arange(64 * head_dim)
+    bits = {}
+    for name, count in (("e", 2), ("half", 2), ("lane", 4), ("row", 8), ("warp", 4), ("block", 8)):
+        bits[name], place = place % count, place // count
+    row = bits["warp"] * 16 + bits["half"] * 8 + bits["row"]
+    column = place * 64 + bits["block"] * 8 + bits["lane"] * 2 + bits["e"]
+    result = torch.empty_like(dq_sum).view(-1, 64, head_dim)
+    result[:, row, column] = dq_sum.view(-1, 64 * head_dim)
+    return result.view(-1, head_dim)
 
 
 def make(
@@ -187,18 +201,16 @@ BACKWARD_MISTAKES = {
         "meet(0, True)",
         "meet(0, False)",
     ),
-    "one buffer of dS": ("ds_slots.index((turn - 1) & 1)", "ds_slots.index(turn & 1)"),
+    "one buffer of dS": ("dS_all = ds_slots.index(turn & 1)", "dS_all = ds_slots.index(0)"),
     "no fence behind dS": (
         ".store(dS)\n    fence_async_shared()",
         ".store(dS)",
     ),
-    "dQ's staging overwritten": (
-        "    tma.store_wait(0)\n    gl.thread_barrier()\n    dq_slot",
-        "    dq_slot",
-    ),
+    "dQ's staging overwritten": ("    tma.store_wait(DQ_SLOTS - 1)\n", ""),
+    "one of dQ's slots too many": ("sent % DQ_SLOTS", "0"),
     "Q given back a turn early": (
-        "release(q_empty.index(q_before))",
-        "release(q_empty.index(q_slot))",
+        "dk = warpgroup_mma_wait(0, (dk,))\n    release(q_empty.index(q_slot))",
+        "release(q_empty.index(q_slot))\n    dk = warpgroup_mma_wait(0, (dk,))",
     ),
     "dO read before it is there": (
         "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
@@ -208,11 +220,15 @@ BACKWARD_MISTAKES = {
         "mbarrier.init(do_empty.index(stage), count=2)",
         "mbarrier.init(do_empty.index(stage), count=3)",
     ),
-    "the last dQ forgotten": (
-        "send(dq, dq_slot, dQ_now, before, WHICH, SPLIT)",
-        "pass",
+    "L of another turn": (
+        "lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)",
+        "lse2, [row], q_full.index(q_slot), l_slots.index(0)",
     ),
-    "dQ of the wrong turn": ("            before = row", "            pass"),
+    "D not waited for": (
+        "do.block_type.nbytes + delta.block_type.nbytes",
+        "do.block_type.nbytes",
+    ),
+    "dQ of the wrong row": ("at = row * 4", "at = row * 2"),
 }
 
 

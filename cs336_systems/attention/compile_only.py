@@ -138,11 +138,12 @@ def overwritten_operands(assembly: str) -> list[str]:
         if (product := _PRODUCT.search(line)) is None or not around:
             continue
         operand = set(range(int(product[2]), int(product[2]) + 4))
-        _, start, _ = around[0]
-        _, outer, end = around[-1]
-        set_before_use = any(operand & registers for registers in written[start:at])
-        if not set_before_use and any(operand & registers for registers in written[outer:end]):
-            wrong.append(line)
+        for _, start, end in around:  # from the innermost loop outwards, to where it is set
+            if any(operand & registers for registers in written[start:at]):
+                break
+            if any(operand & registers for registers in written[at:end]):
+                wrong.append(line)
+                break
     return wrong
 
 

@@ -3,16 +3,18 @@ warpgroups compute.
 
 A program owns 128 keys of one key-value head, 64 to a warpgroup, and goes through all queries that
 see them, of all heads that share the keys, 64 a turn. Scores are transposed (keys first), so that
-P^T is a left operand straight from registers. dQ needs the dS of both groups: it goes through
-shared memory, and its sums leave by the accelerator's reduce-add in fp32.
+P^T and dS^T are left operands straight from registers; so are K and V where there is room for them,
+since products with both operands in shared memory take all that it can deliver. dQ needs the dS of
+both groups: it goes through shared memory, and its sums leave by the accelerator's reduce-add in
+fp32.
 
 A turn, with what the tensor cores do meanwhile in brackets:
-  dQ of the turn before, and S^T
-  send that dQ off                          [S^T]
-  dP^T = V dO^T, and dK += dS^T Q of the turn before
-  P^T = exp2(S^T - L)                       [dP^T, dK]
+  S^T = K Q^T, dP^T = V dO^T
+  P^T = exp2(S^T - L)                       [dP^T]
   dV += P^T dO
-  dS^T = P^T (dP^T - D), published          [dK, dV]
+  dS^T = P^T (dP^T - D), published          [dV]
+  dQ = dS K, dK += dS^T Q
+  send dQ off                               [dK]
 No product is in flight from one turn to the next: ptxas would then let none be in flight.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), appendix.
@@ -61,10 +63,11 @@ def place(turn, first_row, per_head, GROUP: gl.constexpr):
 @gluon.jit
 def produce(
     GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full,
-    do_empty, batch, kv_head, key0, first_row, per_head,
+    q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
+    kv_full, q_full, q_empty, do_full, do_empty,
+    batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded,
 ):  # fmt: skip
-    """Fetch K and V, then Q and dO turn by turn, as slots become free."""
+    """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
     mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
     for group in gl.static_range(2):
@@ -74,29 +77,22 @@ def produce(
     for turn in range(GROUP * per_head):
         member, row0 = place(turn, first_row, per_head, GROUP)
         head = kv_head * GROUP + member
+        row = (batch * num_heads + head) * num_queries_padded + row0
         q_slot, do_slot = turn % Q_STAGES, turn % DO_STAGES
         mbarrier.wait(q_empty.index(q_slot), (turn // Q_STAGES) & 1 ^ 1)
-        mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes)
+        mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes + lse2.block_type.nbytes)
         tma.async_copy_global_to_shared(
             q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
         )
+        tma.async_copy_global_to_shared(lse2, [row], q_full.index(q_slot), l_slots.index(q_slot))
         mbarrier.wait(do_empty.index(do_slot), (turn // DO_STAGES) & 1 ^ 1)
-        mbarrier.expect(do_full.index(do_slot), do.block_type.nbytes)
+        mbarrier.expect(do_full.index(do_slot), do.block_type.nbytes + delta.block_type.nbytes)
         tma.async_copy_global_to_shared(
             do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
         )
-
-
-@gluon.jit
-def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
-    """Add 64 x 64 of dQ to the buffer."""
-    tma.store_wait(0)
-    gl.thread_barrier()
-    dq_slot.store(dQ)
-    fence_async_shared()
-    gl.thread_barrier()
-    column: gl.constexpr = WHICH * 64 if SPLIT else 0
-    reduce_add(dq, [row, column], dq_slot)
+        tma.async_copy_global_to_shared(
+            delta, [row], do_full.index(do_slot), d_slots.index(do_slot)
+        )
 
 
 @gluon.jit
@@ -105,6 +101,20 @@ def times_keys(dS, K_all, WHICH: gl.constexpr, SPLIT: gl.constexpr):
     K = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
     zeros = gl.zeros((ROWS, 64), gl.float32, sums_layout(64))
     return warpgroup_mma(dS.permute((1, 0)), K, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
+    """Add 64 x 64 of dQ to the buffer, in fragment order (see `plan_hopper_backward`).
+
+    Each thread then stores 16 bytes at a time, no two threads in one bank.
+    """
+    fragments = dQ.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    dq_slot.store(fragments.reshape([128, 32]))
+    fence_async_shared()
+    gl.thread_barrier()
+    at = row * 4 + WHICH * 128 if SPLIT else row * 2
+    reduce_add(dq, [at, 0], dq_slot)
 
 
 @gluon.jit
@@ -121,151 +131,112 @@ def store_rows(target, batch, kv_head, row0, num_rows, stage, rows, dtype: gl.co
 
 @gluon.jit
 def one_turn(
-    dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
-    q_full, q_empty, do_full, do_empty,
-    turn, dq_row, row, row0, key0, num_keys, qk_scale,
-    PARITY: gl.constexpr, FIRST: gl.constexpr, MASK: gl.constexpr, WHICH: gl.constexpr,
-    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, KEY_TAIL: gl.constexpr,
+    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots, dq_slots,
+    q_full, q_empty, do_full, do_empty, turn, row, row0, key0, num_keys, qk_scale,
+    PARITY: gl.constexpr, WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    DQ_SLOTS: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
-    """One turn. row and dq_row: the first row of this turn, and of the turn before, in L, D and the
-    dQ buffer. PARITY of the turn counts where groups take turns with dQ."""
+    """One turn. row: its first query's row in L, D and the dQ buffer. PARITY of the turn counts
+    where groups take turns with dQ."""
     dtype: gl.constexpr = q_slots.dtype
     HEAD_DIM: gl.constexpr = K_all.shape[1]
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
-    D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
-    HELD: gl.constexpr = gl.DotOperandLayout(0, D_LAYOUT, 2)
+    HELD: gl.constexpr = gl.DotOperandLayout(0, sums_layout(HEAD_DIM), 2)
     COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     SPLIT: gl.constexpr = HEAD_DIM == 128  # both groups have half of dQ's columns; or take turns
-    MINE: gl.constexpr = SPLIT or PARITY != WHICH  # dQ of the turn before
-    PENDING: gl.constexpr = 1 if FIRST else 2
+    MINE: gl.constexpr = SPLIT or PARITY == WHICH
     zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
-    cols = gl.arange(0, ROWS, COLS)
     q_slot, do_slot = turn % Q_STAGES, turn % DO_STAGES
-    q_before = (turn - 1) % Q_STAGES
-    dS_before = ds_slots.index((turn - 1) & 1)
-    if not SPLIT:
-        L = gl.load(lse2_ptr + row + cols)
-    if MINE and not FIRST:
-        dQ = times_keys(dS_before, K_all, WHICH, SPLIT)
-    mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
     Q = q_slots.index(q_slot).reshape([ROWS, HEAD_DIM])
-    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if MINE and not FIRST:
-        dQ_now = warpgroup_mma_wait(1, (dQ,))
-        send(dq, dq_slot, dQ_now, dq_row, WHICH, SPLIT)
-    mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
     dO = do_slots.index(do_slot).reshape([ROWS, HEAD_DIM])
+    dS_all = ds_slots.index(turn & 1)
+
+    mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
+    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
     dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if not FIRST:
-        Q_before = q_slots.index(q_before).reshape([ROWS, HEAD_DIM])
-        dk = warpgroup_mma(dS_before.slice(WHICH * ROWS, ROWS, 0), Q_before, dk, is_async=True)
-    S_now = warpgroup_mma_wait(PENDING, (S,))
+    L = l_slots.index(q_slot).load(COLS)
+    S_now = warpgroup_mma_wait(1, (S,))
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    if MASK == "always":
-        S_now = gl.where(keys[:, None] <= (row0 + cols)[None, :], S_now, float("-inf"))
-    elif MASK == "where needed":  # noqa: SIM102 (known when compiled)
+    if CAUSAL:  # noqa: SIM102 (known when compiled)
         if row0 < key0 + (WHICH + 1) * ROWS:
-            S_now = gl.where(keys[:, None] <= (row0 + cols)[None, :], S_now, float("-inf"))
+            rows = row0 + gl.arange(0, ROWS, COLS)
+            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
-    if SPLIT:
-        L = gl.load(lse2_ptr + row + cols)
     P = gl.exp2(S_now * qk_scale - L[None, :])
-    D = gl.load(delta_ptr + row + cols)
-    P_half = P.to(dtype)
-    dv = warpgroup_mma(gl.convert_layout(P_half, HELD), dO, dv, is_async=True)
-    dP_now = warpgroup_mma_wait(PENDING, (dP,))
-    # At head dim 128 there is no room for P in fp32 as well; dS is rounded in the same way next.
-    P_again = P_half.to(gl.float32) if SPLIT else P
-    dS = (P_again * (dP_now - D[None, :])).to(dtype)
-    if FIRST:
-        dv = warpgroup_mma_wait(0, (dv,))
-    else:
-        dk, dv = warpgroup_mma_wait(0, (dk, dv))
-        release(q_empty.index(q_before))
-    # Not before: ptxas 12.8 crashes on some stores while products are in flight.
-    ds_slots.index(turn & 1).slice(WHICH * ROWS, ROWS, 0).store(dS)
+    dv = warpgroup_mma(gl.convert_layout(P.to(dtype), HELD), dO, dv, is_async=True)
+    D = d_slots.index(do_slot).load(COLS)
+    dP_now = warpgroup_mma_wait(1, (dP,))
+    dS = (P * (dP_now - D[None, :])).to(dtype)
+    tma.store_wait(DQ_SLOTS - 1)
+    dS_all.slice(WHICH * ROWS, ROWS, 0).store(dS)
     fence_async_shared()
-    release(do_empty.index(do_slot))
     if SPLIT:
         meet(0, True)
     else:
-        meet(PARITY, PARITY == WHICH)
+        meet(PARITY, MINE)
+    if MINE:
+        dQ = times_keys(dS_all, K_all, WHICH, SPLIT)
+    dk = warpgroup_mma(gl.convert_layout(dS, HELD), Q, dk, is_async=True)
+    if MINE:
+        dv, dQ_now = warpgroup_mma_wait(1, (dv, dQ))
+    else:
+        dv = warpgroup_mma_wait(1, (dv,))
+    release(do_empty.index(do_slot))
+    if MINE:
+        sent = turn if SPLIT else turn // 2
+        dq_slot = dq_slots.index(WHICH * DQ_SLOTS + sent % DQ_SLOTS)
+        send(dq, dq_slot, dQ_now, row, WHICH, SPLIT)
+    dk = warpgroup_mma_wait(0, (dk,))
+    release(q_empty.index(q_slot))
     return dk, dv
 
 
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
-    dq, dk_desc, dv_desc, lse2_ptr, delta_ptr, q_slots, do_slots, k_slot, v_slots, ds_slots,
+    DQ_SLOTS: gl.constexpr, HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots,
     dq_slots, kv_full, q_full, q_empty, do_full, do_empty, batch, kv_head, num_heads, key0,
     first_row, per_head, num_queries_padded, num_keys, qk_scale, scale,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys, and this group's share of dQ."""
     dtype: gl.constexpr = q_slots.dtype
     D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
-    SPLIT: gl.constexpr = HEAD_DIM == 128
-    STEP: gl.constexpr = 1 if SPLIT else 2
+    KV_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(ROWS), 2)
+    STEP: gl.constexpr = 1 if HEAD_DIM == 128 else 2
     dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
     dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
     mbarrier.wait(kv_full.index(0), 0)
     K_all = k_slot.reshape([KEYS, HEAD_DIM])
-    K = K_all.slice(WHICH * ROWS, ROWS, 0)
-    V = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
-    dq_slot = dq_slots.index(WHICH)
+    K_here = K_all.slice(WHICH * ROWS, ROWS, 0)
+    V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
+    K = K_here.load(KV_LAYOUT) if HOLD else K_here
+    V = V_here.load(KV_LAYOUT) if HOLD else V_here
     head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
-    num = GROUP * per_head  # even
-    # Only the first two turns of a head meet the diagonal.
-    EARLY: gl.constexpr = "always" if CAUSAL else "never"
-    LATER: gl.constexpr = "where needed" if CAUSAL and GROUP > 1 else "never"
-    before = head_row + first_row
-    for opening in gl.static_range(2):
-        row = head_row + first_row + opening * ROWS
-        dk, dv = one_turn(
-            dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
-            q_full, q_empty, do_full, do_empty,
-            opening, before, row, first_row + opening * ROWS, key0, num_keys, qk_scale,
-            opening, opening == 0, EARLY, WHICH, Q_STAGES, DO_STAGES, KEY_TAIL,
-        )  # fmt: skip
-        before = row
-    for first in range(2, num, STEP):
+    for first in range(0, GROUP * per_head, STEP):  # an even number of turns
         for half in gl.static_range(STEP):
             turn = first + half
             member, row0 = place(turn, first_row, per_head, GROUP)
             row = head_row + member * num_queries_padded + row0
             dk, dv = one_turn(
-                dk, dv, dq, lse2_ptr, delta_ptr, q_slots, do_slots, K_all, K, V, ds_slots, dq_slot,
-                q_full, q_empty, do_full, do_empty,
-                turn, before, row, row0, key0, num_keys, qk_scale,
-                half, False, LATER, WHICH, Q_STAGES, DO_STAGES, KEY_TAIL,
+                dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots, dq_slots,
+                q_full, q_empty, do_full, do_empty, turn, row, row0, key0, num_keys, qk_scale,
+                half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
             )  # fmt: skip
-            before = row
-
-    # What the last turn has left.
-    dS = ds_slots.index(1)
-    Q = q_slots.index((num - 1) % Q_STAGES).reshape([ROWS, HEAD_DIM])
-    if SPLIT or WHICH == 1:
-        dQ = times_keys(dS, K_all, WHICH, SPLIT)
-        dk = warpgroup_mma(dS.slice(WHICH * ROWS, ROWS, 0), Q, dk, is_async=True)
-        dQ_now = warpgroup_mma_wait(1, (dQ,))
-        send(dq, dq_slot, dQ_now, before, WHICH, SPLIT)
-    else:
-        dk = warpgroup_mma(dS.slice(WHICH * ROWS, ROWS, 0), Q, dk, is_async=True)
-
+    tma.store_wait(0)
     # V is read by this group alone, and not any more.
     stage = v_slots.index(WHICH)
     key = key0 + WHICH * ROWS
     store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
-    dk = warpgroup_mma_wait(0, (dk,))
     store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "section"])
 def backward_kernel(
-    q, k, v, do, dq, dk, dv,
-    lse2_ptr,
-    delta_ptr,
+    q, k, v, do, lse2, delta, dq, dk, dv,
     num_heads,
     num_kv_heads,
     num_batch_kv_heads,
@@ -278,6 +249,8 @@ def backward_kernel(
     GROUP: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr,
+    DQ_SLOTS: gl.constexpr,
+    HOLD: gl.constexpr,
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -297,7 +270,9 @@ def backward_kernel(
     v_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], v.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype)
     ds_slots = gl.allocate_shared_memory(q.dtype, [2, KEYS, ROWS], DS)
-    dq_slots = gl.allocate_shared_memory(gl.float32, [2, ROWS, 64], dq.layout)
+    dq_slots = gl.allocate_shared_memory(gl.float32, [2 * DQ_SLOTS, 128, 32], dq.layout)
+    l_slots = gl.allocate_shared_memory(gl.float32, [Q_STAGES, ROWS], lse2.layout)
+    d_slots = gl.allocate_shared_memory(gl.float32, [DO_STAGES, ROWS], delta.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
@@ -313,20 +288,29 @@ def backward_kernel(
         mbarrier.init(do_empty.index(stage), count=2)
     fence_async_shared()
     shared = (
-        dq, dk, dv, lse2_ptr, delta_ptr, q_slots, do_slots, k_slot, v_slots, ds_slots, dq_slots,
+        dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots, dq_slots,
         kv_full, q_full, q_empty, do_full, do_empty,
         batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded, num_keys,
         qk_scale, scale,
     )  # fmt: skip
     fetched = (
-        q, k, v, do, q_slots, do_slots, k_slot, v_slots, kv_full, q_full, q_empty, do_full,
-        do_empty, batch, kv_head, key0, first_row, per_head,
+        q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
+        kv_full, q_full, q_empty, do_full, do_empty,
+        batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     gl.warp_specialize(
         [
-            (consume, (0, GROUP, Q_STAGES, DO_STAGES, CAUSAL, KEY_TAIL, HEAD_DIM) + shared),
-            (consume, (1, GROUP, Q_STAGES, DO_STAGES, CAUSAL, KEY_TAIL, HEAD_DIM) + shared),
+            (
+                consume,
+                (0, GROUP, Q_STAGES, DO_STAGES, DQ_SLOTS, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM)
+                + shared,
+            ),
+            (
+                consume,
+                (1, GROUP, Q_STAGES, DO_STAGES, DQ_SLOTS, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM)
+                + shared,
+            ),
             (produce, (GROUP, Q_STAGES, DO_STAGES) + fetched),
         ],
         [4, 1],

@@ -30,7 +30,7 @@ _DTYPES = {
 }
 # As many warps as a partition's; the others' are in the kernels.
 _OPTIONS = {"num_warps": 4}
-_DQ_COLUMNS = 64
+_DQ_BOX = [128, 32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,15 @@ class ForwardTile:
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardTile:
-    """How many tiles of Q and dO are on their way or in use."""
+    """What the backward kernel holds where."""
 
     q_stages: int
+    """Tiles of Q on their way or in use."""
     do_stages: int
+    dq_slots: int
+    """Tiles of dQ on their way out, of each group."""
+    hold: bool
+    """Whether K and V are held in registers."""
 
 
 FORWARD = {
@@ -58,8 +63,8 @@ FORWARD = {
     128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False),
 }
 BACKWARD = {
-    64: BackwardTile(q_stages=4, do_stages=3),
-    128: BackwardTile(q_stages=3, do_stages=2),
+    64: BackwardTile(q_stages=3, do_stages=3, dq_slots=1, hold=True),
+    128: BackwardTile(q_stages=2, do_stages=2, dq_slots=2, hold=False),
 }
 
 
@@ -112,24 +117,29 @@ def plan_hopper_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse2: Tensor, delta: Tensor, dq_sum: Tensor,
     dk: Tensor, dv: Tensor, *, causal: bool, scale: float, tile: BackwardTile | None = None,
 ) -> Launch:  # fmt: skip
-    """Return the launch that computes dK and dV, and adds up dQ in its buffer."""
+    """Return the launch that computes dK and dV, and adds up dQ in its buffer.
+
+    The buffer is in fragment order: after each other 64 rows x 64 columns, as a warpgroup's threads
+    hold them. Of an element's row the bits are (warp 2, half 1, row 3) and of its column (block 3,
+    lane 2, element 1); in memory they are block, warp, row, lane, half, element.
+    """
     batch, num_kv_heads, num_keys, head_dim = k.shape
     tile = tile or BACKWARD[head_dim]
     num_tiles = triton.cdiv(num_keys, KEYS)
     group = q.shape[1] // num_kv_heads
-    layout = _layout([GROUP_ROWS, _DQ_COLUMNS], torch.float32)
+    dq_shape = [dq_sum.numel() // _DQ_BOX[1], _DQ_BOX[1]]
     arguments = {
         "q": _describe(q, GROUP_ROWS),
         "k": _describe(k, KEYS),
         "v": _describe(v, GROUP_ROWS),
         "do": _describe(do, GROUP_ROWS),
+        "lse2": _describe_rows(lse2),
+        "delta": _describe_rows(delta),
         "dq": TensorDescriptor(
-            dq_sum, list(dq_sum.shape), [head_dim, 1], [GROUP_ROWS, _DQ_COLUMNS], layout
+            dq_sum, dq_shape, [_DQ_BOX[1], 1], _DQ_BOX, _layout(_DQ_BOX, torch.float32)
         ),
         "dk": _describe(dk, GROUP_ROWS),
         "dv": _describe(dv, GROUP_ROWS),
-        "lse2_ptr": lse2,
-        "delta_ptr": delta,
         "num_heads": q.shape[1],
         "num_kv_heads": num_kv_heads,
         "num_batch_kv_heads": batch * num_kv_heads,
@@ -142,6 +152,8 @@ def plan_hopper_backward(
         "GROUP": group,
         "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
+        "DQ_SLOTS": tile.dq_slots,
+        "HOLD": tile.hold,
         "CAUSAL": causal,
         "KEY_TAIL": num_keys % KEYS != 0,
     }
@@ -165,3 +177,9 @@ def _describe(tensor: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(
         tensor, list(tensor.shape), [*strides[:-1], 1], block, _layout(block, tensor.dtype)
     )
+
+
+def _describe_rows(tensor: Tensor) -> TensorDescriptor:
+    """Describe a contiguous tensor of one number a row, of which 64 are moved at a time."""
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(tensor, [tensor.numel()], [1], [GROUP_ROWS], layout)

@@ -98,16 +98,25 @@ def postprocess_kernel(
     HEAD_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WIDE: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
-    """Scale the dQ buffer and round it to the queries' dtype."""
+    """Scale the dQ buffer and round it to the queries' dtype.
+
+    FRAGMENTS: it is in the order of the Hopper kernel, and BLOCK_M 64.
+    """
     pid = tl.program_id(0)
     batch_head, row0 = pid // num_tiles, pid % num_tiles * BLOCK_M
     batch, head = batch_head // num_heads, batch_head % num_heads
     first = batch_head.to(tl.int64) * num_queries_padded + row0
-    sums = tl.load(
-        tile_pointers(dq_sum_ptr, HEAD_PAD, first, BLOCK_M, HEAD_PAD, False),
-        mask=(row0 + tl.arange(0, BLOCK_M) < num_queries_padded)[:, None],
-    )
+    if FRAGMENTS:
+        fragments = tl.load(dq_sum_ptr + first * HEAD_DIM + tl.arange(0, BLOCK_M * HEAD_DIM))
+        bits = fragments.reshape(HEAD_DIM // 64, 8, 4, 8, 4, 2, 2)
+        sums = bits.permute(2, 5, 3, 0, 1, 4, 6).reshape(BLOCK_M, HEAD_DIM)
+    else:
+        sums = tl.load(
+            tile_pointers(dq_sum_ptr, HEAD_PAD, first, BLOCK_M, HEAD_PAD, False),
+            mask=(row0 + tl.arange(0, BLOCK_M) < num_queries_padded)[:, None],
+        )
     dq_head = head_of(dq_ptr, stride_dqb, stride_dqh, batch, head, False)
     store_tile(
         dq_head, stride_dqm, row0, num_queries, sums * scale, BLOCK_M, HEAD_DIM, HEAD_PAD, WIDE

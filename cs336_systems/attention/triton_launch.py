@@ -128,8 +128,13 @@ def plan_preprocess(
     return _launch(preprocess_kernel, num_tiles * batch * num_heads, arguments, tile)
 
 
-def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) -> Launch:
-    """Return the launch that rounds the dQ buffer into dQ."""
+def plan_postprocess(
+    dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float, *, fragments: bool = False
+) -> Launch:
+    """Return the launch that rounds the dQ buffer into dQ.
+
+    fragments: the buffer is as `plan_hopper_backward` says, and num_rows a multiple of 64.
+    """
     batch, num_heads, num_queries, head_dim = dq.shape
     tile = row_tile(head_dim)
     num_tiles = triton.cdiv(num_queries, tile.block_m)
@@ -146,6 +151,7 @@ def plan_postprocess(dq_sum: Tensor, dq: Tensor, num_rows: int, scale: float) ->
         "HEAD_PAD": head_pad(head_dim),
         "BLOCK_M": tile.block_m,
         "WIDE": _wide(tile, dq),
+        "FRAGMENTS": fragments,
     }
     return _launch(postprocess_kernel, num_tiles * batch * num_heads, arguments, tile)
 

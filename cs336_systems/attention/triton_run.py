@@ -219,7 +219,7 @@ def _plan_hopper_backward(views: list[Tensor], lse: Tensor, causal: bool, scale:
             q, k, v, do, made["lse2"], made["delta"], made["dq_sum"], made["dk"], made["dv"],
             causal=causal, scale=scale,
         ),
-        plan_postprocess(made["dq_sum"], made["dq"], rows, scale),
+        plan_postprocess(made["dq_sum"], made["dq"], rows, scale, fragments=True),
     ]  # fmt: skip
     return Plan(launches, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}, made)
 
