@@ -64,13 +64,13 @@ class Task:
 class Machine:
     """Runs the tasks of a program and what they set going."""
 
-    def __init__(self, seed: int, program: int) -> None:
+    def __init__(self, seed: int, program: int, num_programs: int) -> None:
         self.random = random.Random(seed)
         # 1: the hardware does nothing before somebody waits for it.
         self.lateness = self.random.choice([0.3, 0.8, 0.95, 1.0])
         # What of the hardware comes after all else of it, if anything.
         self.latest = self.random.choice(["arrive", "leave", "product", None])
-        self.program = torch.tensor(program)
+        self.program, self.num_programs = torch.tensor(program), num_programs
         self.back = threading.Semaphore(0)
         self.tasks: list[Task] = []
         self.events: list[Callable[[], None]] = []
@@ -434,6 +434,7 @@ def _language() -> ModuleType:
         "constexpr": lambda value: value,
         "static_range": range,
         "program_id": lambda _: machine().program,
+        "num_programs": lambda _: machine().num_programs,
         "cdiv": lambda a, b: (a + b - 1) // b,
         "minimum": _either(torch.minimum, min),
         "maximum": _either(torch.maximum, max),
@@ -543,7 +544,7 @@ def interpret(launch: Any, seed: int, change: Change | None = None) -> None:
     order = list(range(launch.num_programs))
     random.Random(seed).shuffle(order)
     for program in order:
-        _machine = Machine(seed + program, program)
+        _machine = Machine(seed + program, program, launch.num_programs)
         function(**arguments)
     _machine = None
 

@@ -1,8 +1,9 @@
 """FlashAttention's forward pass on Hopper in Gluon: one warp fetches, warpgroups compute.
 
-A program owns NUM_GROUPS x 64 queries of one head. Its producer warp has the tensor memory
-accelerator bring Q once and the tiles of K and V, last ones first, into two rings of STAGES slots.
-Each consumer warpgroup owns 64 queries. It keeps two products in flight: S of this turn and P V of
+An item of work is NUM_GROUPS x 64 queries of one head; a program does one item after another, so
+that the first tiles of the next are on their way while the results of the last are sent off. Its
+producer warp has the tensor memory accelerator bring Q and the tiles of K and V, last ones first,
+the latter into two rings of STAGES slots. Each consumer warpgroup owns 64 queries. It keeps two products in flight: S of this turn and P V of
 the turn before, so that the exponentials of one tile run under the product of another.
 
 The mask is only in a group's first tile: 64 queries begin at a multiple of 64, so the diagonal
@@ -44,34 +45,63 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
+def item_of(lap, total):
+    """Return this program's item of a lap: back and forth, as the longest items come first."""
+    pid, num_programs = gl.program_id(0), gl.num_programs(0)
+    place = pid
+    if lap & 1:
+        place = num_programs - 1 - pid
+    return lap * num_programs + place
+
+
+@gluon.jit
+def place_of(item, num_tiles, num_batch_heads, section, CAUSAL: gl.constexpr):
+    """Return the (tile, batch and head) of an item."""
+    tile, batch_head = locate(item, num_tiles, num_batch_heads, section)
+    if CAUSAL:  # The last queries see the most keys.
+        tile = num_tiles - 1 - tile
+    return tile, batch_head
+
+
+@gluon.jit
 def produce(
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    q, k, v, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty, batch, head,
-    tile, num_keys,
+    q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    num_heads, num_batch_heads, num_tiles, section, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
-    row0 = tile * (NUM_GROUPS * ROWS)
-    num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
-    kv_head = head // GROUP
-    for group in gl.static_range(NUM_GROUPS):
-        mbarrier.expect(q_full.index(group), q.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            q, [batch, head, row0 + group * ROWS, 0], q_full.index(group), q_slots.index(group)
-        )
-    for turn in range(num):
-        slot, parity = turn % STAGES, (turn // STAGES) & 1 ^ 1
-        key0 = (num - 1 - turn) * BLOCK_N
-        mbarrier.wait(k_empty.index(slot), parity)
-        mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
-        )
-        mbarrier.wait(v_empty.index(slot), parity)
-        mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
-        )
+    ring = 0
+    total = num_tiles * num_batch_heads
+    for lap in range(gl.cdiv(total, gl.num_programs(0))):
+        item = item_of(lap, total)
+        if item < total:
+            tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
+            batch, head = batch_head // num_heads, batch_head % num_heads
+            kv_head = head // GROUP
+            row0 = tile * (NUM_GROUPS * ROWS)
+            num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
+            for group in gl.static_range(NUM_GROUPS):
+                mbarrier.wait(q_empty.index(group), lap & 1 ^ 1)
+                mbarrier.expect(q_full.index(group), q.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
+                    q_slots.index(group),
+                )  # fmt: skip
+            for turn in range(num):
+                slot, parity = (ring + turn) % STAGES, ((ring + turn) // STAGES) & 1 ^ 1
+                key0 = (num - 1 - turn) * BLOCK_N
+                mbarrier.wait(k_empty.index(slot), parity)
+                mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
+                )
+                mbarrier.wait(v_empty.index(slot), parity)
+                mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
+                )
+            ring += num
 
 
 @gluon.jit
@@ -88,14 +118,14 @@ def rescale(l_i, alpha):
 
 
 @gluon.jit
-def consume(
+def attend(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    o, lse_ptr, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
-    batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
+    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, batch, head, batch_head, tile, lap, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
-    """Attend with the 64 queries of warpgroup WHICH."""
+    """Attend with the 64 queries of warpgroup WHICH in one item, of `num` tiles of keys."""
     dtype: gl.constexpr = o.dtype
     S_LAYOUT: gl.constexpr = sums_layout(BLOCK_N)
     O_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
@@ -103,16 +133,13 @@ def consume(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     row0 = tile * (NUM_GROUPS * ROWS) + WHICH * ROWS
-    num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
     first = num - num_key_tiles(row0 + ROWS, num_keys, CAUSAL, BLOCK_N)
     NEXT: gl.constexpr = (WHICH + 1) % NUM_GROUPS
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
-    if PING_PONG and WHICH == NUM_GROUPS - 1:
-        meet(0, False)
     Q = q_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
 
-    for turn in range(first):  # tiles that only later groups see
-        slot, parity = turn % STAGES, (turn // STAGES) & 1
+    for at in range(ring, ring + first):  # tiles that only later groups see
+        slot, parity = at % STAGES, (at // STAGES) & 1
         mbarrier.wait(k_full.index(slot), parity)
         if PING_PONG:
             meet(WHICH, True)  # every group takes as many turns
@@ -121,9 +148,9 @@ def consume(
         mbarrier.wait(v_full.index(slot), parity)
         release(v_empty.index(slot))
 
-    mbarrier.wait(q_full.index(WHICH), 0)
-    slot = first % STAGES
-    mbarrier.wait(k_full.index(slot), (first // STAGES) & 1)
+    mbarrier.wait(q_full.index(WHICH), lap & 1)
+    slot = (ring + first) % STAGES
+    mbarrier.wait(k_full.index(slot), ((ring + first) // STAGES) & 1)
     K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
     if PING_PONG:
         meet(WHICH, True)
@@ -144,14 +171,14 @@ def consume(
     P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
     acc = gl.zeros((ROWS, HEAD_DIM), gl.float32, O_LAYOUT)
 
-    for turn in range(first + 1, num):
-        slot, before = turn % STAGES, (turn - 1) % STAGES
-        mbarrier.wait(k_full.index(slot), (turn // STAGES) & 1)
+    for at in range(ring + first + 1, ring + num):
+        slot, before = at % STAGES, (at - 1) % STAGES
+        mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)
         K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
         if PING_PONG:
             meet(WHICH, True)
         S = warpgroup_mma(Q, K.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((turn - 1) // STAGES) & 1)
+        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
         V = v_slots.index(before).reshape([BLOCK_N, HEAD_DIM])
         acc = warpgroup_mma(P_half, V, acc, is_async=True)
         if PING_PONG:
@@ -168,24 +195,54 @@ def consume(
         acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
         P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
 
-    slot = (num - 1) % STAGES
-    mbarrier.wait(v_full.index(slot), ((num - 1) // STAGES) & 1)
+    release(q_empty.index(WHICH))
+    last_at = ring + num - 1
+    slot = last_at % STAGES
+    mbarrier.wait(v_full.index(slot), (last_at // STAGES) & 1)
     V = v_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
     acc = warpgroup_mma(P_half, V, acc, is_async=True)
     total = gl.convert_layout(gl.sum(l_i, 1), S_ROWS)
     lse = (m_i + gl.log2(total)) * LN_2
+    tma.store_wait(0)  # of the item before
     acc = warpgroup_mma_wait(0, (acc,))
-    # No slot is used again: nobody waits for its release.
+    release(v_empty.index(slot))
     acc = acc * gl.convert_layout(1.0 / total, O_ROWS)[:, None]
-    # O takes the room of this group's Q, which was last read in its last turn.
-    q_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
+    o_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
     fence_async_shared()
     gl.thread_barrier()
     if row0 < num_queries:
-        tma.async_copy_shared_to_global(o, [batch, head, row0, 0], q_slots.index(WHICH))
+        tma.async_copy_shared_to_global(o, [batch, head, row0, 0], o_slots.index(WHICH))
         rows = row0 + gl.arange(0, ROWS, S_ROWS)
-        at = lse_ptr + batch_head.to(gl.int64) * num_queries
-        gl.store(at + rows, lse, mask=rows < num_queries)
+        lse_rows = lse_ptr + batch_head.to(gl.int64) * num_queries
+        gl.store(lse_rows + rows, lse, mask=rows < num_queries)
+
+
+@gluon.jit
+def consume(
+    WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, num_heads, num_batch_heads, num_tiles, section, num_queries, num_keys, qk_scale,
+):  # fmt: skip
+    """Attend in all items of this program with warpgroup WHICH."""
+    if PING_PONG and WHICH == NUM_GROUPS - 1:
+        meet(0, False)
+    ring = 0
+    total = num_tiles * num_batch_heads
+    for lap in range(gl.cdiv(total, gl.num_programs(0))):
+        item = item_of(lap, total)
+        if item < total:
+            tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
+            batch, head = batch_head // num_heads, batch_head % num_heads
+            num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
+            attend(
+                WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
+                o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, batch, head, batch_head, tile, lap, ring, num, num_queries,
+                num_keys, qk_scale,
+            )  # fmt: skip
+            ring += num
     tma.store_wait(0)
 
 
@@ -210,25 +267,23 @@ def forward_kernel(
     KEY_TAIL: gl.constexpr,
     PING_PONG: gl.constexpr,
 ):
-    """Compute O and L of NUM_GROUPS x 64 queries; qk_scale is scale * log2(e) > 0."""
+    """Compute O and L; qk_scale is scale * log2(e) > 0."""
     BLOCK_N: gl.constexpr = k.block_shape[2]
     HEAD_DIM: gl.constexpr = k.block_shape[3]
-    tile, batch_head = locate(gl.program_id(0), num_tiles, num_batch_heads, section)
-    if CAUSAL:  # The last queries see the most keys: longest first.
-        tile = num_tiles - 1 - tile
-    batch, head = batch_head // num_heads, batch_head % num_heads
-
     q_slots = gl.allocate_shared_memory(q.dtype, [NUM_GROUPS, 1, 1, ROWS, HEAD_DIM], q.layout)
     k_slots = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout)
     v_slots = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout)
+    o_slots = gl.allocate_shared_memory(o.dtype, [NUM_GROUPS, 1, 1, ROWS, HEAD_DIM], o.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for group in gl.static_range(NUM_GROUPS):
         mbarrier.init(q_full.index(group), count=1)
+        mbarrier.init(q_empty.index(group), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
@@ -236,12 +291,12 @@ def forward_kernel(
         mbarrier.init(v_empty.index(stage), count=NUM_GROUPS)
     fence_async_shared()
     shared = (
-        o, lse_ptr, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
-        batch, head, batch_head, tile, num_queries, num_keys, qk_scale,
+        o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
+        v_empty, num_heads, num_batch_heads, num_tiles, section, num_queries, num_keys, qk_scale,
     )  # fmt: skip
     fetched = (
-        q, k, v, q_slots, k_slots, v_slots, q_full, k_full, k_empty, v_full, v_empty,
-        batch, head, tile, num_keys,
+        q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        num_heads, num_batch_heads, num_tiles, section, num_keys,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     if NUM_GROUPS == 2:

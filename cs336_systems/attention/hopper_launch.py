@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ class ForwardTile:
     num_stages: int
     ping_pong: bool
     """Whether groups take turns with the tensor cores."""
+    persistent: bool
+    """Whether there are no more programs than multiprocessors, each with many items of work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +62,21 @@ class BackwardTile:
 
 
 FORWARD = {
-    64: ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True),
-    128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False),
+    64: ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True),
+    128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True),
 }
 BACKWARD = {
-    64: BackwardTile(q_stages=3, do_stages=3, dq_slots=1, hold=True),
+    64: BackwardTile(q_stages=3, do_stages=3, dq_slots=2, hold=True),
     128: BackwardTile(q_stages=2, do_stages=2, dq_slots=2, hold=False),
 }
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Return those of a GPU, or an H200's where there is none."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def loadable(tensor: Tensor) -> Tensor:
@@ -105,9 +116,11 @@ def plan_hopper_forward(
         "KEY_TAIL": k.shape[2] % tile.block_n != 0,
         "PING_PONG": tile.ping_pong,
     }
+    num_items = num_tiles * batch * num_heads
+    most = num_multiprocessors(q.device) if tile.persistent else num_items
     return Launch(
         kernel=forward_kernel,
-        num_programs=num_tiles * batch * num_heads,
+        num_programs=min(num_items, most),
         arguments=arguments,
         options=_OPTIONS,
     )
