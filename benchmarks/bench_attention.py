@@ -56,7 +56,7 @@ def bench_attention_grid(
     )
 
     def build() -> Workload:
-        refuse_unmet(attention, chosen.device, dtype)
+        refuse_unmet(attention, chosen.device, dtype, head_dim)
         torch.compiler.reset()  # A shape of its own is compiled for that shape alone.
         size, function = (BATCH_SIZE, seq, head_dim), ATTENTION[attention].load()
         return AttentionBench(function, size, DTYPES[dtype], chosen.device).workload(which)

@@ -75,7 +75,7 @@ def bench_attention_sweep(
     )
 
     def build() -> Workload:
-        refuse_unmet(attention, chosen.device, dtype)
+        refuse_unmet(attention, chosen.device, dtype, head_dim)
         torch.compiler.reset()  # A shape of its own is compiled for that shape alone.
         bench = AttentionBench(
             ATTENTION[attention].load(),

@@ -122,7 +122,7 @@ def inputs(point: Point, chosen: Selection, pace: Pace) -> AttentionBench:
     Raises: NotMeasured where the row cannot run here.
     """
     attention, dtype, shape, _ = point
-    refuse_unmet(attention, chosen.device, dtype)
+    refuse_unmet(attention, chosen.device, dtype, shape.d)
     pace.begin((attention, dtype, shape))
     function = ATTENTION[attention].load()
     return AttentionBench(function, shape[:4], DTYPES[dtype], chosen.device, is_causal=shape.causal)

@@ -52,7 +52,7 @@ def bench_attention_harness(
     params = {**case.params, "compile": "function" if on_gpu else "eager"}
 
     def build() -> Workload:
-        refuse_unmet(point.attention, chosen.device, point.dtype)
+        refuse_unmet(point.attention, chosen.device, point.dtype, point.shape.d)
         pace.begin((STUDY, point))
         function = harness_function(point.attention)
         flash = torch.compile(function) if on_gpu else function

@@ -67,10 +67,12 @@ class Selection:
     nvtx: bool
 
 
-def refuse_unmet(attention: str, device: torch.device, dtype: str) -> None:
+def refuse_unmet(
+    attention: str, device: torch.device, dtype: str, head_dim: int | None = None
+) -> None:
     """Raise NotMeasured when an attention row cannot run here, or its time would mean nothing."""
     row = ATTENTION[attention]
-    unmet = row.unmet(device=device.type, dtype=dtype)
+    unmet = row.unmet(device=device.type, dtype=dtype, head_dim=head_dim)
     if unmet is not None:
         raise NotMeasured(unmet.status, f"{attention}: {unmet.reason}")
     if "triton" in row.needs and device.type != "cuda":

@@ -68,7 +68,8 @@ Grids = dict[str, Grid]
 def gpu_grids() -> Grids:
     """Return the studies at their full size."""
     all_rows = tuple(ATTENTION)
-    fused = tuple(row for row in all_rows if row == f"{OURS}triton" or ATTENTION[row].peer)
+    ours = (f"{OURS}triton", f"{OURS}hopper")
+    fused = tuple(row for row in all_rows if row in ours or ATTENTION[row].peer)
     precise = ("scaled_dot_prod_attention", "scaled_dot_prod_attention_compiled", "sdpa", "flex")
     sizes = ((1, 16, 16384, 64), (8, 16, 2048, 64), (1, 16, 16384, 128), (8, 16, 2048, 128))
     both = tuple(Shape(*size, causal) for size in sizes for causal in (True, False))

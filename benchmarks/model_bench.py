@@ -83,7 +83,8 @@ class ModelCase:
 
     def refuse_what_is_missing(self) -> None:
         """Raise NotMeasured when the attention row cannot run here."""
-        refuse_unmet(self.attention, self.device, "bf16" if self.precision == "bf16" else "fp32")
+        dtype = "bf16" if self.precision == "bf16" else "fp32"
+        refuse_unmet(self.attention, self.device, dtype, preset(self.size).d_head)
 
 
 class ModelBench:

@@ -34,10 +34,12 @@ class Entry:
     summary: str
     """One line for lists and reports."""
     needs: tuple[str, ...] = ()
-    """`cuda`, `sm_NN` (at least), `triton` (a CUDA device or Triton's interpreter), `compiler` (a
+    """`cuda`, `sm_NN` (at least), `sm_NNa` (exactly), `triton` (a CUDA device or Triton's interpreter), `compiler` (a
     C++ compiler for torch.compile), `package:NAME`."""
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     """Element types it accepts."""
+    head_dims: tuple[int, ...] = ()
+    """Head dims it takes; empty for any."""
     peer: bool = False
     """Somebody else's implementation, here to be compared with."""
 
@@ -49,14 +51,19 @@ class Entry:
         module, name = self.target.split(":")
         return getattr(importlib.import_module(module), name)
 
-    def unmet(self, *, device: str, dtype: str | None = None) -> Unmet | None:
-        """Return why this row cannot run on `device` (`cpu` or `cuda`) with `dtype`; None if it
-        can."""
+    def unmet(
+        self, *, device: str, dtype: str | None = None, head_dim: int | None = None
+    ) -> Unmet | None:
+        """Return why this row cannot run on `device` (`cpu` or `cuda`) with `dtype` and `head_dim`;
+        None if it can."""
         for need in self.needs:
             if (missing := _unmet(need, device, dtype)) is not None:
                 return missing
         if dtype is not None and dtype not in self.dtypes:
             return Unmet("skipped", f"takes {' and '.join(self.dtypes)}, not {dtype}")
+        if head_dim is not None and self.head_dims and head_dim not in self.head_dims:
+            takes = " and ".join(map(str, self.head_dims))
+            return Unmet("skipped", f"takes head dims {takes}, not {head_dim}")
         return None
 
 
@@ -107,10 +114,10 @@ def _unmet(need: str, device: str, dtype: str | None) -> Unmet | None:
     if device != "cuda":
         return Unmet("skipped", f"needs a CUDA device, runs on {device} here")
     if need.startswith("sm_"):
-        return _unmet_capability(int(need.removeprefix("sm_")))
+        return _unmet_capability(need.removeprefix("sm_"))
     if need != "cuda":
         raise unknown(
-            "Entry", "needs", ("cuda", "sm_NN", "triton", "compiler", "package:NAME"), need
+            "Entry", "needs", ("cuda", "sm_NN[a]", "triton", "compiler", "package:NAME"), need
         )
     return None
 
@@ -124,12 +131,13 @@ def _unmet_by_interpreter(device: str, dtype: str | None) -> Unmet | None:
     return None
 
 
-def _unmet_capability(wanted: int) -> Unmet | None:
+def _unmet_capability(wanted: str) -> Unmet | None:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    have = 10 * major + minor
-    return None if have >= wanted else Unmet("skipped", f"needs sm_{wanted}, found sm_{have}")
+    have, number = 10 * major + minor, int(wanted.removesuffix("a"))
+    fits = have == number if wanted.endswith("a") else have >= number
+    return None if fits else Unmet("skipped", f"needs sm_{wanted}, found sm_{have}")
 
 
 def _importable(name: str) -> bool:

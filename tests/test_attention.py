@@ -48,7 +48,8 @@ def test_row_is_right(kind: str, dtype: str, is_causal: bool) -> None:
     unmet = ATTENTION[kind].unmet(device=DEVICE, dtype=dtype)
     if unmet is not None:
         pytest.skip(f"{kind}: {unmet.reason}")
-    q, k, v, do = inputs(0, (2, 3, 70, 32), 70, DTYPES[dtype])
+    head_dim = min(ATTENTION[kind].head_dims, default=32)
+    q, k, v, do = inputs(0, (2, 3, 70, head_dim), 70, DTYPES[dtype])
     exact = reference_gradients(q, k, v, do, is_causal=is_causal)
     truth = [exact.o, exact.dq, exact.dk, exact.dv]
     plain = run("scaled_dot_prod_attention", q, k, v, do, is_causal)

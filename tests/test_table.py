@@ -43,10 +43,15 @@ def test_unknown_row_lists_the_rows() -> None:
             "needs a CUDA device, runs on cpu here",
         ),
         (Entry(target="", summary="", dtypes=("bf16",)), "cpu", "takes bf16, not fp32"),
+        (
+            Entry(target="", summary="", head_dims=(64, 128)),
+            "cpu",
+            "takes head dims 64 and 128, not 32",
+        ),
     ],
 )
 def test_unmet_needs_are_skips(entry: Entry, device: str, expected: str) -> None:
-    assert entry.unmet(device=device, dtype="fp32") == Unmet("skipped", expected)
+    assert entry.unmet(device=device, dtype="fp32", head_dim=32) == Unmet("skipped", expected)
 
 
 @pytest.mark.parametrize("package", ["surely_not_here", "surely.not.here", "os.surely_not_here"])
@@ -60,7 +65,7 @@ def test_missing_package_is_not_installed(package: str) -> None:
 def test_met_needs_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "has_compiler", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    entry = Entry(target="", summary="", needs=("package:torch", "compiler", "cuda", "sm_90"))
+    entry = Entry(target="", summary="", needs=("package:torch", "compiler", "cuda", "sm_80", "sm_90a"))
     assert entry.unmet(device="cuda", dtype="bf16") is None
 
 
@@ -69,6 +74,9 @@ def test_too_old_a_gpu_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     unmet = Entry(target="", summary="", needs=("sm_80",)).unmet(device="cuda")
     assert unmet == Unmet("skipped", "needs sm_80, found sm_75")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    unmet = Entry(target="", summary="", needs=("sm_90a",)).unmet(device="cuda")
+    assert unmet == Unmet("skipped", "needs sm_90a, found sm_100")
     unmet = Entry(target="", summary="", needs=("compiler",)).unmet(device="cpu")
     assert unmet == Unmet("skipped", "needs a C++ compiler, found none on PATH")
 

@@ -56,8 +56,9 @@ ATTENTION = Table(
         "flash_attention_hopper": Entry(
             target=f"{_HERE}.flash_hopper:flash_attention_hopper",
             summary="FlashAttention as warp-specialised kernels for Hopper",
-            needs=("cuda", "sm_90"),
+            needs=("cuda", "sm_90a"),
             dtypes=_HALF,
+            head_dims=(64, 128),
         ),
         "sdpa": Entry(
             target=f"{_HERE}.peers:sdpa",
