@@ -34,8 +34,8 @@ class Entry:
     summary: str
     """One line for lists and reports."""
     needs: tuple[str, ...] = ()
-    """`cuda`, `sm_NN` (at least), `sm_NNa` (exactly), `triton` (a CUDA device or Triton's interpreter), `compiler` (a
-    C++ compiler for torch.compile), `package:NAME`."""
+    """`cuda`, `sm_NN` (at least), `sm_NNa` (exactly), `triton` (a CUDA device or Triton's
+    interpreter), `compiler` (a C++ compiler for torch.compile), `package:NAME`."""
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     """Element types it accepts."""
     head_dims: tuple[int, ...] = ()

@@ -30,12 +30,12 @@ from cs336_systems.attention.reference import reference_gradients
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 449]
 FORWARD_TILES = {
     64: [
-        FORWARD[64],
-        replace(FORWARD[64], ping_pong=False),
-        replace(FORWARD[64], persistent=False),
-        replace(FORWARD[64], num_groups=2, num_stages=3),
+        FORWARD[64, True],
+        replace(FORWARD[64, True], ping_pong=False),
+        replace(FORWARD[64, True], persistent=False),
+        replace(FORWARD[64, True], num_groups=2, num_stages=3),
     ],
-    128: [FORWARD[128], replace(FORWARD[128], ping_pong=True)],
+    128: [FORWARD[128, False], replace(FORWARD[128, True], ping_pong=True)],
 }
 BACKWARD_TILES = {
     64: [BACKWARD[64], BackwardTile(q_stages=3, do_stages=2, dq_slots=2, hold=False)],
@@ -49,7 +49,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return O and L of the forward kernel."""
     o, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:-1], float("nan"))
-    with mock.patch.object(hopper_launch, "num_multiprocessors", lambda _: 1 + seed % 3):
+    with mock.patch.object(hopper_launch, "num_multiprocessors", return_value=1 + seed % 3):
         launch = plan_hopper_forward(q, k, v, o, lse, causal=is_causal, scale=scale, tile=tile)
     interpret(launch, seed, change)
     return o, lse

@@ -65,7 +65,9 @@ def test_missing_package_is_not_installed(package: str) -> None:
 def test_met_needs_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "has_compiler", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    entry = Entry(target="", summary="", needs=("package:torch", "compiler", "cuda", "sm_80", "sm_90a"))
+    entry = Entry(
+        target="", summary="", needs=("package:torch", "compiler", "cuda", "sm_80", "sm_90a")
+    )
     assert entry.unmet(device="cuda", dtype="bf16") is None
 
 

@@ -3,8 +3,9 @@
 An item of work is NUM_GROUPS x 64 queries of one head; a program does one item after another, so
 that the first tiles of the next are on their way while the results of the last are sent off. Its
 producer warp has the tensor memory accelerator bring Q and the tiles of K and V, last ones first,
-the latter into two rings of STAGES slots. Each consumer warpgroup owns 64 queries. It keeps two products in flight: S of this turn and P V of
-the turn before, so that the exponentials of one tile run under the product of another.
+the latter into two rings of STAGES slots. Each consumer warpgroup owns 64 queries. It keeps two
+products in flight: S of this turn and P V of the turn before, so that the exponentials of one tile
+run under the product of another.
 
 The mask is only in a group's first tile: 64 queries begin at a multiple of 64, so the diagonal
 crosses one tile of 64 or 128 keys; the keys past the last one are in the same tile or in one that

@@ -62,9 +62,20 @@ class BackwardTile:
 
 
 FORWARD = {
-    64: ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True),
-    128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True),
+    (64, False): ForwardTile(
+        num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True
+    ),
+    (64, True): ForwardTile(
+        num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True
+    ),
+    (128, False): ForwardTile(
+        num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True
+    ),
+    (128, True): ForwardTile(
+        num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=False
+    ),
 }
+"""By head dim, and whether it is causal."""
 BACKWARD = {
     64: BackwardTile(q_stages=3, do_stages=3, dq_slots=2, hold=True),
     128: BackwardTile(q_stages=2, do_stages=2, dq_slots=2, hold=False),
@@ -93,7 +104,7 @@ def plan_hopper_forward(
 ) -> Launch:  # fmt: skip
     """Return the launch that fills O and L; tensors are four-dimensional, scale positive."""
     batch, num_heads, num_queries, head_dim = q.shape
-    tile = tile or FORWARD[head_dim]
+    tile = tile or FORWARD[head_dim, causal]
     num_tiles = triton.cdiv(num_queries, tile.num_groups * GROUP_ROWS)
     group = num_heads // k.shape[1]
     arguments = {
