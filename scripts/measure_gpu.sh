@@ -8,7 +8,7 @@
 # An interrupted part leaves DIRECTORY/PART.json.journal.jsonl, which the report reads as well.
 set -euo pipefail
 parts="basics, large, xl, 2.7b, warmup, attention, whole, flash_sweep_bf16, flash_sweep_fp32,\
- flash_sweep_compiled, flash_shapes, flash_details, all_reduce, data_parallel,\
+ flash_sweep_compiled, flash_shapes, flash_details, hopper_ladder, all_reduce, data_parallel,\
  data_parallel_bf16, data_parallel_buckets, train_loop, lm_matrix, attention_sweep"
 part=${1:?name a part: $parts}
 out=${2:?name the directory for the JSON files}
@@ -48,6 +48,7 @@ flash_shapes)
     measure attention_shapes $flash -k attention_shapes --max-seconds=2
     measure attention_harness benchmarks/bench_flash_harness.py --max-seconds=2
     ;;
+hopper_ladder) measure "$part" benchmarks/bench_hopper_ladder.py --max-seconds=1 ;;
 flash_details)
     measure flash_details $flash --max-seconds=2 -k "not flash_sweep and not attention_shapes"
     ;;

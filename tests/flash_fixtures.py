@@ -96,6 +96,22 @@ def shapes() -> Iterator[dict[str, Any]]:
             yield fx.untimed("attention_shapes", case, "not_installed", reason="no flash_attn")
 
 
+def ladder() -> Iterator[dict[str, Any]]:
+    """Yield the Hopper kernels with one thing changed at a time."""
+    changes = {
+        "forward": ("nothing", "ping_pong = False", "persistent = False", "num_groups = 2"),
+        "backward": ("nothing", "hold = False", "dq_slots = 1", "q_stages = 2"),
+    }
+    for shape in SHAPES[:-1]:
+        for which, names in changes.items():
+            for place, changed in enumerate(names):
+                case = named("sdpa", shape, "bf16", which) | {"changed": changed}
+                del case["attention"], case["dtype"]
+                time = seconds("sdpa", shape, "bf16", which) * (1 + place / 20)
+                more = {"baseline": {"changed": "nothing"}, **work(shape, "bf16", which)}
+                yield fx.timed("hopper_ladder", case, time, clock="gpu_ms", **more)
+
+
 def harness() -> Iterator[dict[str, Any]]:
     """Yield the public harness, whose `do_bench` reads a tenth more than our clock."""
     shape = (1, 16, 16384, 64, True)
@@ -149,4 +165,4 @@ def errors() -> Iterator[dict[str, Any]]:
 
 def everything() -> list[dict[str, Any]]:
     """Return every study of fused attention."""
-    return [*sweep(), *shapes(), *harness(), *host_bound(), *fp32(), *errors()]
+    return [*sweep(), *shapes(), *ladder(), *harness(), *host_bound(), *fp32(), *errors()]

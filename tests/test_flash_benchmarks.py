@@ -107,7 +107,7 @@ def test_gpu_harness_is_the_public_one_for_every_fused_row() -> None:
     assert [str(shape) for shape in grid.shapes] == ["B1 H16 S16384 D64 causal"]
     assert grid.dtypes == ("bf16",)
     peers = {row for row in ATTENTION if ATTENTION[row].peer}
-    assert set(grid.rows) - peers == {row for row in ATTENTION if row == f"{OURS}triton"}
+    assert set(grid.rows) - peers == {f"{OURS}triton", f"{OURS}hopper"}
     assert peers <= set(grid.rows)
 
 

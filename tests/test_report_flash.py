@@ -32,13 +32,14 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 def test_studies_and_pictures_in_order(gallery: Gallery) -> None:
     assert [section.name for section in gallery.sections] == [
         "flash_sweep", "attention_shapes", "attention_harness", "attention_host_bound",
-        "attention_fp32", "attention_error",
+        "attention_fp32", "attention_error", "hopper_ladder",
     ]  # fmt: skip
     assert gallery.names == [
         "flash_sweep_latency_fp32", "flash_sweep_latency_bf16", "flash_sweep_tflops_fp32",
         "flash_sweep_tflops_bf16", "flash_sweep_roofline_fp32", "flash_sweep_roofline_bf16",
         "attention_shapes_tflops", "attention_shapes_against", "attention_shapes_roofline",
         "attention_harness_against", "attention_host_bound_time", "attention_fp32_time",
+        "hopper_ladder_tflops",
     ]  # fmt: skip
 
 

@@ -169,6 +169,35 @@ _ATTENTION_SHAPES = Study(
     ),
 )
 
+_HOPPER_LADDER = Study(
+    name="hopper_ladder",
+    title="What each idea of the Hopper kernels is worth",
+    shows="The kernels alone, as shipped and with one thing changed.",
+    index=("shape", "pass", "changed"),
+    pivots=(
+        Pivot(
+            title="Model TFLOP/s",
+            rows=("shape",),
+            columns="changed",
+            value="tflops",
+            per=("pass", "d"),
+        ),
+    ),
+    plots=(
+        Plot(
+            what="tflops",
+            kind="bars",
+            title="Hopper kernels with one thing changed",
+            x="shape",
+            y="tflops",
+            series=("changed",),
+            unsaid=_SPELLED,
+            rows=("pass", "d"),
+            log_y=False,
+        ),
+    ),
+)
+
 _ATTENTION_HARNESS = Study(
     name="attention_harness",
     title="The course's public harness",
@@ -246,4 +275,5 @@ ATTENTION_STUDIES = (
     _ATTENTION_HOST_BOUND,
     _ATTENTION_FP32,
     _ATTENTION_ERROR,
+    _HOPPER_LADDER,
 )
