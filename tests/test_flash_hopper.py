@@ -57,6 +57,23 @@ def test_the_fallback_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
     assert line.startswith("flash_attention: portable kernels, since query must ")
 
 
+@pytest.mark.parametrize(("seq", "taken"), [(64, "portable"), (4096, "hopper")])
+def test_short_calls_take_the_portable_kernels(
+    seq: int, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host decides, describing tensors to the accelerator would only add to it."""
+    called: list[str] = []
+    monkeypatch.setattr(flash_hopper, "unfit", lambda *_: None)
+    monkeypatch.setattr(
+        flash_hopper, "flash_attention_hopper", lambda *_, **__: called.append("hopper")
+    )
+    monkeypatch.setattr(
+        flash_hopper.FlashAttentionTriton, "apply", lambda *_: called.append("portable")
+    )
+    flash_attention(*half(1, 2, seq, 64))
+    assert called == [taken]
+
+
 def test_an_unknown_choice_of_kernels_lists_them() -> None:
     with pytest.raises(UsageError, match="kernels must be one of auto, portable, hopper, got 'x'"):
         flash_attention(*half(1, 1, 4, 64), kernels="x")  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import Tensor
 from cs336_systems.attention.arguments import check_arguments, scale_or_default
 from cs336_systems.attention.autograd import autocast_inputs, distinct
 from cs336_systems.attention.flash_triton import FlashAttentionTriton
+from cs336_systems.attention.triton_launch import TMA_FLOPS
 from cs336_systems.attention.triton_run import HOPPER, PORTABLE
 from cs336_systems.errors import UsageError, unknown
 
@@ -36,16 +37,17 @@ def flash_attention(
     deterministic: bool = False,
     kernels: Literal["auto", "portable", "hopper"] = "auto",
 ) -> Tensor:
-    """As `flash_attention_triton`, on the Hopper kernels where they take the inputs.
+    """As `flash_attention_triton`, on the Hopper kernels where they take the inputs and the device
+    rather than the host decides how long that takes.
 
-    Where they do not, one line in the log says why, once.
+    Elsewhere one line in the log says why, once.
     Raises: UsageError naming what does not fit; with kernels="hopper" also what they do not take.
     """
     if kernels not in KERNELS:
         raise unknown("flash_attention", "kernels", KERNELS, kernels)
     reason = None
     if kernels == "auto":
-        reason = unfit(autocast_inputs(q)[0], scale)
+        reason = unfit(autocast_inputs(q)[0], scale) or short(q, k)
         if reason is not None:
             _say_once(reason)
     if kernels == HOPPER or (kernels == "auto" and reason is None):
@@ -91,6 +93,14 @@ def unfit(q: Tensor, scale: float | None) -> str | None:
     if scale_or_default(scale, q.shape[-1]) <= 0:
         return f"scale must be positive, got {scale}"
     return None
+
+
+def short(q: Tensor, k: Tensor) -> str | None:
+    """Return how little there is to compute where describing tensors takes longer, else None."""
+    flops = 4 * q.numel() * k.shape[-2]
+    if flops >= TMA_FLOPS:
+        return None
+    return f"a call must have {TMA_FLOPS:.0e} FLOPs to be worth more of the host's time"
 
 
 @functools.cache
