@@ -38,14 +38,21 @@ WARMUP_ROUNDS = 2
 def sweep(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
     """The smallest size at the smallest context: the shorter a step, the more an overhead shows.
 
-    Of sizes whose vocabulary has room for a tokenizer; when none of those chosen has, the smallest.
+    On a GPU also the next size at the longest, where the device decides and not a host that others
+    may share. Of sizes whose vocabulary has room for a tokenizer; when none of those chosen has,
+    the smallest.
     """
-    sizes = [size for size in (*chosen.sizes, *PRESETS) if preset(size).vocab_size > NUM_BYTES]
+    sizes = [size for size in chosen.sizes if preset(size).vocab_size > NUM_BYTES]
+    sizes = sizes or [size for size in PRESETS if preset(size).vocab_size > NUM_BYTES][:1]
     known = [precision for precision in chosen.precisions if precision in PRECISIONS]
-    wanted = known if chosen.device.type == "cuda" else known[:1]
+    on_gpu = chosen.device.type == "cuda"
+    points = [(sizes[0], chosen.contexts[0])]
+    if on_gpu:
+        points.append((sizes[:2][-1], chosen.contexts[-1]))
     return "size, context, precision, how", [
-        (sizes[0], chosen.contexts[0], precision, how)
-        for precision in wanted
+        (size, context, precision, how)
+        for size, context in dict.fromkeys(points)
+        for precision in (known if on_gpu else known[:1])
         for how in ("bare step", "loop")
         if not chosen.gate
     ]

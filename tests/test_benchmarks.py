@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from bench_train_loop import sweep as sweep_train_loop
 from warm_pytest import run_pytest
 
 
@@ -73,6 +76,29 @@ def test_the_loop_is_timed_on_a_size_that_has_room_for_a_tokenizer() -> None:
         "tiny-16-fp32-bare step]",
         "tiny-16-fp32-loop]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "contexts", "points"),
+    [
+        (("small", "medium", "large"), (128, 1024), [("small", 128), ("medium", 1024)]),
+        (("small",), (128, 512), [("small", 128), ("small", 512)]),
+        (("debug",), (16,), [("tiny", 16)]),
+    ],
+)
+def test_on_a_gpu_the_loop_is_also_timed_where_the_device_decides(
+    sizes: tuple[str, ...], contexts: tuple[int, ...], points: list[tuple[str, int]]
+) -> None:
+    chosen: Any = SimpleNamespace(
+        device=torch.device("cuda"),
+        sizes=sizes,
+        contexts=contexts,
+        precisions=("bf16",),
+        gate=False,
+    )
+    _, cases = sweep_train_loop(chosen)
+    assert list(dict.fromkeys((size, context) for size, context, *_ in cases)) == points
+    assert {how for *_, how in cases} == {"bare step", "loop"}
 
 
 def test_rows_of_every_kind(tmp_path: Path) -> None:
