@@ -277,7 +277,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", default="bf16,fp32", help=", ".join(DTYPES))
     parser.add_argument("--head-dims", default=",".join(map(str, HEAD_DIMS)))
     parser.add_argument("--format", default="simple", help="a format of tabulate, e.g. github")
+    parser.add_argument(
+        "--hopper", action="store_true", help="the warp-specialised kernels for sm_90 instead"
+    )
     args = parser.parse_args(argv)
+    if args.hopper:
+        print(hopper_table(hopper_rows(), args.format))
+        return 0
     jobs = [
         (int(architecture), dtype, int(head_dim), *planned)
         for architecture in args.architectures.split(",")
@@ -294,6 +300,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in found:
         print(f"compile_only: {line}", file=sys.stderr)
     return 1 if found else 0
+
+
+class HopperRow(NamedTuple):
+    """One compiled Hopper kernel."""
+
+    kernel: str
+    head_dim: int
+    mask: str
+    inputs: str
+    usage: Usage
+
+
+def hopper_rows() -> list[HopperRow]:
+    """Compile the Hopper kernels for bf16."""
+    kinds = ((2048, 1, "whole tiles"), (2000, 2, "a tail, grouped"))
+    rows = [
+        HopperRow(
+            kernel, head_dim, "causal" if causal else "full", inputs, compile_launch(launch, 90)
+        )
+        for head_dim in (64, 128)
+        for causal in (False, True)
+        for length, group, inputs in kinds
+        for kernel, launch in hopper_launches(
+            torch.bfloat16, head_dim, causal=causal, length=length, group=group
+        )
+    ]
+    return sorted(rows, key=lambda row: row[:4], reverse=True)
+
+
+def hopper_table(rows: Sequence[HopperRow], style: str) -> str:
+    """Return the rows as a table of one of tabulate's formats."""
+    headers = ["kernel", "head dim", "mask", "keys and heads", "spilled bytes", "shared bytes"]
+    headers += ["products in flight"]
+    lines = [
+        [
+            *row[:4],
+            row.usage.stack_bytes,
+            row.usage.shared_bytes,
+            "no" if row.usage.serialized else "yes",
+        ]
+        for row in rows
+    ]
+    return tabulate(lines, headers=headers, tablefmt=style)
 
 
 def _table(rows: Sequence[Row], style: str) -> str:
