@@ -12,6 +12,7 @@ from cs336_systems.attention.arguments import repeat_heads, scale_or_default
 from cs336_systems.attention.masks import causal_mask
 
 NAMES = ("o", "dq", "dk", "dv")
+_SCORE_ROUNDINGS = 5
 
 
 def term_magnitudes(
@@ -28,10 +29,14 @@ def term_magnitudes(
     """Return the largest terms that are summed for each of `names`: o, lse, dq, dk, dv.
 
     Terms may cancel (with one key dq is exactly 0), but each was rounded at its own magnitude.
-    With `rounded_scores`, a weight exp(S - L) may also err by the rounding of S and L, which are
-    held in fp32 at least: relative to the weight, that is by their magnitude times fp32's eps.
+    With `rounded_scores`, a weight exp(S - L) may also err by the roundings of S and L, which are
+    held in fp32 at least: S is rounded when it is summed and when it is scaled, L when it is taken,
+    turned into natural units and back. Relative to the weight, each is half of fp32's eps times
+    their magnitude.
     """
-    score_eps = min(torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps, 1.0)
+    score_eps = (
+        _SCORE_ROUNDINGS / 2 * min(torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps, 1.0)
+    )
     scale = abs(scale_or_default(scale, q.shape[-1]))
     q, k, v, do = (tensor.detach().double().abs() for tensor in (q, k, v, do))
     k, v = repeat_heads(q, k, v)

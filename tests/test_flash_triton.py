@@ -184,6 +184,7 @@ class TestAgainstFp64:
         is_causal=st.booleans(),
         deterministic=st.booleans(),
     )
+    @example(4765, 17, 1e4, False, False)  # Weights of 1 err by the roundings of S and L alone.
     def test_logits_up_to_ten_thousand(
         self, seed: int, length: int, size: float, is_causal: bool, deterministic: bool
     ) -> None:
