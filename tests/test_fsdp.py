@@ -41,6 +41,11 @@ ENDS_EARLY = Case(
 
 # Rank 0's gradients pass a frozen block; on rank 1 none comes to it.
 PASSED_ON_ONE_RANK = Case(depth=2, features=frozen("detached", "frozen_all"))
+# Of two passes, the second one's backward comes first and ends early on one rank; with more units
+# than are gathered ahead, the others must be gathered before the first one's begin.
+FIRST_OF_TWO_ENDS_EARLY = Case(
+    depth=1, features=frozen("layer_by_layer", "detached", "frozen_some", "two_forwards")
+)
 
 
 @st.composite
@@ -118,6 +123,8 @@ def check_training(world_size: int, case: Case, backend: str = "gloo") -> None:
 @example(world_size=2, case=ENDS_EARLY)
 @example(world_size=2, case=PASSED_ON_ONE_RANK)
 @example(world_size=2, case=Case(features=frozen("frozen_some", "frozen_all", "side_output")))
+@example(world_size=2, case=FIRST_OF_TWO_ENDS_EARLY)
+@example(world_size=2, case=replace(FIRST_OF_TWO_ENDS_EARLY, depth=3))
 def test_training_equals_one_process(backend: str, world_size: int, case: Case) -> None:
     if backend == "nccl":
         world_size = 2

@@ -147,10 +147,23 @@ class Schedule:
                 f"fsdp: weights must stay as they were until the backward pass of their call, "
                 f"got changed ones in {entry.unit.name!r}"
             )
+        self._finish_newer(entry.trace)
         for skipped in entry.trace.to_come(entry.position + 1):
             self._step_to(skipped)
         self._step_to(entry)
         entry.unit.make_resident()
+
+    def _finish_newer(self, trace: Trace) -> None:
+        """Come by what is left of later forward passes, whose backward comes first and is over.
+
+        On another rank a gradient may have passed units there that none passed here.
+        """
+        if trace not in self._open:
+            return
+        newer = self._open[self._open.index(trace) + 1 :]
+        for begun in reversed([other for other in newer if other.has_begun]):
+            for skipped in begun.to_come():
+                self._step_to(skipped)
 
     @torch.no_grad()
     def walk_rest(self, *, only_begun: bool) -> None:
