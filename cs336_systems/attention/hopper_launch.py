@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from triton.experimental.gluon.language import float16 as gluon_float16
 from triton.experimental.gluon.language import float32 as gluon_float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
+from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
 from cs336_systems.attention.triton_launch import Launch, fits_tma, section
 
-ARCHITECTURE = 90
-GROUP_ROWS = 64
-KEYS = 128
+GROUP_ROWS = ROWS.value
+KEYS = _KEYS.value
 """Keys of a program of the backward pass."""
 _DTYPES = {
     torch.bfloat16: gluon_bfloat16,
@@ -61,19 +62,15 @@ class BackwardTile:
     """Whether K and V are held in registers."""
 
 
+_FORWARD_64 = ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True)
+_FORWARD_128 = ForwardTile(
+    num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True
+)
 FORWARD = {
-    (64, False): ForwardTile(
-        num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True
-    ),
-    (64, True): ForwardTile(
-        num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True
-    ),
-    (128, False): ForwardTile(
-        num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True
-    ),
-    (128, True): ForwardTile(
-        num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=False
-    ),
+    (64, False): _FORWARD_64,
+    (64, True): _FORWARD_64,
+    (128, False): _FORWARD_128,
+    (128, True): replace(_FORWARD_128, persistent=False),
 }
 """By head dim, and whether it is causal."""
 BACKWARD = {

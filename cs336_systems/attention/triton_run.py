@@ -192,9 +192,7 @@ def _plan_backward(
     return Plan(launches, {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}, made)
 
 
-def _plan_hopper_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> Plan:  # fmt: skip
+def _plan_hopper_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Plan:
     from cs336_systems.attention.hopper_launch import loadable, plan_hopper_forward
 
     q, k, v = loadable(q), loadable(k), loadable(v)

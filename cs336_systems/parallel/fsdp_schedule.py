@@ -148,8 +148,7 @@ class Schedule:
                 f"got changed ones in {entry.unit.name!r}"
             )
         self._finish_newer(entry.trace)
-        for skipped in entry.trace.to_come(entry.position + 1):
-            self._step_to(skipped)
+        self._finish(entry.trace, entry.position + 1)
         self._step_to(entry)
         entry.unit.make_resident()
 
@@ -162,8 +161,11 @@ class Schedule:
             return
         newer = self._open[self._open.index(trace) + 1 :]
         for begun in reversed([other for other in newer if other.has_begun]):
-            for skipped in begun.to_come():
-                self._step_to(skipped)
+            self._finish(begun)
+
+    def _finish(self, trace: Trace, down_to: int = 0) -> None:
+        for skipped in trace.to_come(down_to):
+            self._step_to(skipped)
 
     @torch.no_grad()
     def walk_rest(self, *, only_begun: bool) -> None:
@@ -173,8 +175,7 @@ class Schedule:
         """
         for trace in reversed(self._open):
             if trace.has_begun or not only_begun:
-                for entry in trace.to_come():
-                    self._step_to(entry)
+                self._finish(trace)
         self._open = [trace for trace in self._open if only_begun and not trace.has_begun]
 
     def is_over(self, unit: Unit) -> bool:
