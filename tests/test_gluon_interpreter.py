@@ -193,10 +193,10 @@ FORWARD_MISTAKES = {
         ".store(acc.to(dtype))",
     ),
     "Q given back while it is read": (
-        "    mbarrier.wait(q_full.index(WHICH), lap & 1)\n",
-        "    mbarrier.wait(q_full.index(WHICH), lap & 1)\n    release(q_empty.index(WHICH))\n",
+        "    mbarrier.wait(q_full.index(WHICH), done & 1)\n",
+        "    mbarrier.wait(q_full.index(WHICH), done & 1)\n    release(q_empty.index(WHICH))\n",
     ),
-    "Q of the item before": ("mbarrier.wait(q_full.index(WHICH), lap & 1)", "pass"),
+    "Q of the item before": ("mbarrier.wait(q_full.index(WHICH), done & 1)", "pass"),
     "O overwritten while it leaves": ("    tma.store_wait(0)  # of the item before\n", ""),
     "the ring begins anew": ("            ring += num\n    tma", "    tma"),
     "the last V not given back": (

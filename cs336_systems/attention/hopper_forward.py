@@ -46,21 +46,27 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def item_of(lap, total):
-    """Return this program's item of a lap: back and forth, as the longest items come first."""
-    pid, num_programs = gl.program_id(0), gl.num_programs(0)
-    place = pid
-    if lap & 1:
-        place = num_programs - 1 - pid
-    return lap * num_programs + place
+def num_laps(num_tiles, num_batch_heads, paired):
+    """Return how many items of work a program may have: two laps for a pair."""
+    per_head = (num_tiles >> paired) + (num_tiles & paired)
+    return gl.cdiv(per_head * num_batch_heads, gl.num_programs(0)) << paired
 
 
 @gluon.jit
-def place_of(item, num_tiles, num_batch_heads, section, CAUSAL: gl.constexpr):
-    """Return the (tile, batch and head) of an item."""
-    tile, batch_head = locate(item, num_tiles, num_batch_heads, section)
-    if CAUSAL:  # The last queries see the most keys.
+def item_of(lap, num_tiles, num_batch_heads, section, paired, CAUSAL: gl.constexpr):
+    """Return (tile, batch and head) of this program's item in a lap; tile -1 if there is none.
+
+    Causal tiles cost from one tile of keys to all. Programs that do several take them in pairs, the
+    last of a head with its first, so that each has as much to do.
+    """
+    per_head = (num_tiles >> paired) + (num_tiles & paired)
+    at = (lap >> paired) * gl.num_programs(0) + gl.program_id(0)
+    tile, batch_head = locate(at, per_head, num_batch_heads, section)
+    if CAUSAL and (lap & paired) == 0:  # The last queries see the most keys: longest first.
         tile = num_tiles - 1 - tile
+    is_alone = (lap & paired) != 0 and tile == num_tiles - 1 - tile
+    if is_alone or at >= per_head * num_batch_heads:
+        tile = -1
     return tile, batch_head
 
 
@@ -69,21 +75,19 @@ def produce(
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
     q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    num_heads, num_batch_heads, num_tiles, section, num_keys,
+    num_heads, num_batch_heads, num_tiles, section, paired, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
-    ring = 0
-    total = num_tiles * num_batch_heads
-    for lap in range(gl.cdiv(total, gl.num_programs(0))):
-        item = item_of(lap, total)
-        if item < total:
-            tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
+    done, ring = 0, 0  # items, and tiles of keys
+    for lap in range(num_laps(num_tiles, num_batch_heads, paired)):
+        tile, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired, CAUSAL)
+        if tile >= 0:
             batch, head = batch_head // num_heads, batch_head % num_heads
             kv_head = head // GROUP
             row0 = tile * (NUM_GROUPS * ROWS)
             num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
             for group in gl.static_range(NUM_GROUPS):
-                mbarrier.wait(q_empty.index(group), lap & 1 ^ 1)
+                mbarrier.wait(q_empty.index(group), done & 1 ^ 1)
                 mbarrier.expect(q_full.index(group), q.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
@@ -102,6 +106,7 @@ def produce(
                 tma.async_copy_global_to_shared(
                     v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
                 )
+            done += 1
             ring += num
 
 
@@ -124,7 +129,7 @@ def attend(
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, batch, head, batch_head, tile, lap, ring, num, num_queries, num_keys, qk_scale,
+    v_empty, batch, head, batch_head, tile, done, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend with the 64 queries of warpgroup WHICH in one item, of `num` tiles of keys."""
     dtype: gl.constexpr = o.dtype
@@ -149,7 +154,7 @@ def attend(
         mbarrier.wait(v_full.index(slot), parity)
         release(v_empty.index(slot))
 
-    mbarrier.wait(q_full.index(WHICH), lap & 1)
+    mbarrier.wait(q_full.index(WHICH), done & 1)
     slot = (ring + first) % STAGES
     mbarrier.wait(k_full.index(slot), ((ring + first) // STAGES) & 1)
     K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
@@ -224,30 +229,30 @@ def consume(
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, num_heads, num_batch_heads, num_tiles, section, num_queries, num_keys, qk_scale,
+    v_empty, num_heads, num_batch_heads, num_tiles, section, paired, num_queries, num_keys,
+    qk_scale,
 ):  # fmt: skip
     """Attend in all items of this program with warpgroup WHICH."""
     if PING_PONG and WHICH == NUM_GROUPS - 1:
         meet(0, False)
-    ring = 0
-    total = num_tiles * num_batch_heads
-    for lap in range(gl.cdiv(total, gl.num_programs(0))):
-        item = item_of(lap, total)
-        if item < total:
-            tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
+    done, ring = 0, 0
+    for lap in range(num_laps(num_tiles, num_batch_heads, paired)):
+        tile, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired, CAUSAL)
+        if tile >= 0:
             batch, head = batch_head // num_heads, batch_head % num_heads
             num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
             attend(
                 WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
                 o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, batch, head, batch_head, tile, lap, ring, num, num_queries,
+                v_full, v_empty, batch, head, batch_head, tile, done, ring, num, num_queries,
                 num_keys, qk_scale,
             )  # fmt: skip
+            done += 1
             ring += num
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "section"])
+@gluon.jit(do_not_specialize=["num_tiles", "section", "paired"])
 def forward_kernel(
     q,
     k,
@@ -260,6 +265,7 @@ def forward_kernel(
     num_keys,
     num_tiles,
     section,
+    paired,
     qk_scale,
     GROUP: gl.constexpr,
     NUM_GROUPS: gl.constexpr,
@@ -293,11 +299,12 @@ def forward_kernel(
     fence_async_shared()
     shared = (
         o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-        v_empty, num_heads, num_batch_heads, num_tiles, section, num_queries, num_keys, qk_scale,
+        v_empty, num_heads, num_batch_heads, num_tiles, section, paired, num_queries, num_keys,
+        qk_scale,
     )  # fmt: skip
     fetched = (
         q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        num_heads, num_batch_heads, num_tiles, section, num_keys,
+        num_heads, num_batch_heads, num_tiles, section, paired, num_keys,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     if NUM_GROUPS == 2:

@@ -104,6 +104,12 @@ def plan_hopper_forward(
     tile = tile or FORWARD[head_dim, causal]
     num_tiles = triton.cdiv(num_queries, tile.num_groups * GROUP_ROWS)
     group = num_heads // k.shape[1]
+    num_items = num_tiles * batch * num_heads
+    is_long = num_items > num_multiprocessors(q.device)
+    num_programs = num_items
+    paired = tile.persistent and is_long and causal
+    if tile.persistent and is_long:
+        num_programs = num_multiprocessors(q.device)
     arguments = {
         "q": _describe(q, GROUP_ROWS),
         "k": _describe(k, tile.block_n),
@@ -116,6 +122,7 @@ def plan_hopper_forward(
         "num_keys": k.shape[2],
         "num_tiles": num_tiles,
         "section": section(k, group),
+        "paired": int(paired),
         "qk_scale": scale * math.log2(math.e),
         "GROUP": group,
         "NUM_GROUPS": tile.num_groups,
@@ -124,11 +131,9 @@ def plan_hopper_forward(
         "KEY_TAIL": k.shape[2] % tile.block_n != 0,
         "PING_PONG": tile.ping_pong,
     }
-    num_items = num_tiles * batch * num_heads
-    most = num_multiprocessors(q.device) if tile.persistent else num_items
     return Launch(
         kernel=forward_kernel,
-        num_programs=min(num_items, most),
+        num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
     )
