@@ -41,8 +41,8 @@ SHAPES = tuple(
 CHANGES: dict[tuple[str, int], dict[str, Any]] = {
     ("forward", 64): {"ping_pong": None, "persistent": None, "num_groups": 2},
     ("forward", 128): {"ping_pong": None, "persistent": None},
-    ("backward", 64): {"hold": None, "dq_slots": 1, "q_stages": 2},
-    ("backward", 128): {"dq_slots": 1},
+    ("backward", 64): {"hold": None, "dq_slots": 1, "persistent": None},
+    ("backward", 128): {"persistent": None},
 }
 
 

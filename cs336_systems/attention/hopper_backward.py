@@ -1,8 +1,9 @@
 """FlashAttention's backward pass on Hopper in Gluon, five products a tile: one warp fetches, two
 warpgroups compute.
 
-A program owns 128 keys of one key-value head, 64 to a warpgroup, and goes through all queries that
-see them, of all heads that share the keys, 64 a turn. Scores are transposed (keys first), so that
+An item of work is 128 keys of one key-value head, 64 to a warpgroup; a program does one item after
+another and in each goes through all queries that see the keys, of all heads that share them, 64 a
+turn. Scores are transposed (keys first), so that
 P^T and dS^T are left operands straight from registers; so are K and V where there is room for them,
 since products with both operands in shared memory take all that it can deliver. dQ needs the dS of
 both groups: it goes through shared memory, and its sums leave by the accelerator's reduce-add in
@@ -36,7 +37,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
+from cs336_systems.attention.hopper_common import (
+    ROWS,
+    item_of,
+    meet,
+    num_laps,
+    release,
+    sums_layout,
+)
 
 KEYS = gl.constexpr(128)
 
@@ -61,38 +69,64 @@ def place(turn, first_row, per_head, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
+    """Return the first query to go through."""
+    first_row = 0
+    if CAUSAL:  # Of keys that no query sees, the last queries' scores are all masked.
+        first_row = gl.minimum(key0, num_queries_padded - 2 * ROWS)
+    return first_row
+
+
+@gluon.jit
 def produce(
-    GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
-    kv_full, q_full, q_empty, do_full, do_empty,
-    batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded,
+    kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+    num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired, num_queries_padded,
 ):  # fmt: skip
     """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
-    mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
-    tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
-    for group in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0), v_slots.index(group)
-        )
-    for turn in range(GROUP * per_head):
-        member, row0 = place(turn, first_row, per_head, GROUP)
-        head = kv_head * GROUP + member
-        row = (batch * num_heads + head) * num_queries_padded + row0
-        q_slot, do_slot = turn % Q_STAGES, turn % DO_STAGES
-        mbarrier.wait(q_empty.index(q_slot), (turn // Q_STAGES) & 1 ^ 1)
-        mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes + lse2.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
-        )
-        tma.async_copy_global_to_shared(lse2, [row], q_full.index(q_slot), l_slots.index(q_slot))
-        mbarrier.wait(do_empty.index(do_slot), (turn // DO_STAGES) & 1 ^ 1)
-        mbarrier.expect(do_full.index(do_slot), do.block_type.nbytes + delta.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
-        )
-        tma.async_copy_global_to_shared(
-            delta, [row], do_full.index(do_slot), d_slots.index(do_slot)
-        )
+    done, ring = 0, 0  # items and turns
+    for lap in range(num_laps(num_tiles, num_batch_kv_heads, paired)):
+        tile, batch_head = item_of(lap, num_tiles, num_batch_kv_heads, section, paired)
+        if tile >= 0:
+            batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+            key0 = tile * KEYS
+            first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+            per_head = (num_queries_padded - first_row) // ROWS
+            mbarrier.wait(kv_empty.index(0), done & 1 ^ 1)
+            mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
+            tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
+            for group in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0),
+                    v_slots.index(group),
+                )  # fmt: skip
+            for turn in range(GROUP * per_head):
+                member, row0 = place(turn, first_row, per_head, GROUP)
+                head = kv_head * GROUP + member
+                row = (batch * num_heads + head) * num_queries_padded + row0
+                at = ring + turn
+                q_slot, do_slot = at % Q_STAGES, at % DO_STAGES
+                mbarrier.wait(q_empty.index(q_slot), (at // Q_STAGES) & 1 ^ 1)
+                mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes + lse2.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
+                )
+                tma.async_copy_global_to_shared(
+                    lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)
+                )
+                mbarrier.wait(do_empty.index(do_slot), (at // DO_STAGES) & 1 ^ 1)
+                mbarrier.expect(
+                    do_full.index(do_slot), do.block_type.nbytes + delta.block_type.nbytes
+                )
+                tma.async_copy_global_to_shared(
+                    do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
+                )
+                tma.async_copy_global_to_shared(
+                    delta, [row], do_full.index(do_slot), d_slots.index(do_slot)
+                )
+            done += 1
+            ring += GROUP * per_head
 
 
 @gluon.jit
@@ -119,14 +153,14 @@ def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def store_rows(target, batch, kv_head, row0, num_rows, stage, rows, dtype: gl.constexpr):
-    """Send the rows of a group to `target`, and wait until they have left `stage`."""
+    """Send the rows of a group to `target`, once `stage` is free."""
+    tma.store_wait(0)
     gl.thread_barrier()
     stage.reshape([ROWS, rows.shape[1]]).store(rows.to(dtype))
     fence_async_shared()
     gl.thread_barrier()
     if row0 < num_rows:
         tma.async_copy_shared_to_global(target, [batch, kv_head, row0, 0], stage)
-    tma.store_wait(0)
 
 
 @gluon.jit
@@ -199,42 +233,54 @@ def consume(
     DQ_SLOTS: gl.constexpr, HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots,
-    dq_slots, kv_full, q_full, q_empty, do_full, do_empty, batch, kv_head, num_heads, key0,
-    first_row, per_head, num_queries_padded, num_keys, qk_scale, scale,
+    dq_slots, out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+    num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired, num_queries_padded,
+    num_keys, qk_scale, scale,
 ):  # fmt: skip
-    """Compute dK and dV of 64 keys, and this group's share of dQ."""
+    """Compute dK and dV of 64 keys of every item, and this group's share of dQ."""
     dtype: gl.constexpr = q_slots.dtype
     D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
     KV_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(ROWS), 2)
     STEP: gl.constexpr = 1 if HEAD_DIM == 128 else 2
-    dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-    dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-    mbarrier.wait(kv_full.index(0), 0)
     K_all = k_slot.reshape([KEYS, HEAD_DIM])
     K_here = K_all.slice(WHICH * ROWS, ROWS, 0)
     V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
-    K = K_here.load(KV_LAYOUT) if HOLD else K_here
-    V = V_here.load(KV_LAYOUT) if HOLD else V_here
-    head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
-    for first in range(0, GROUP * per_head, STEP):  # an even number of turns
-        for half in gl.static_range(STEP):
-            turn = first + half
-            member, row0 = place(turn, first_row, per_head, GROUP)
-            row = head_row + member * num_queries_padded + row0
-            dk, dv = one_turn(
-                dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots, dq_slots,
-                q_full, q_empty, do_full, do_empty, turn, row, row0, key0, num_keys, qk_scale,
-                half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
-            )  # fmt: skip
+    stage = out_slots.index(WHICH)
+    done, ring = 0, 0
+    for lap in range(num_laps(num_tiles, num_batch_kv_heads, paired)):
+        tile, batch_head = item_of(lap, num_tiles, num_batch_kv_heads, section, paired)
+        if tile >= 0:
+            batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+            key0 = tile * KEYS
+            first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+            per_head = (num_queries_padded - first_row) // ROWS
+            head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+            dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+            dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+            mbarrier.wait(kv_full.index(0), done & 1)
+            K = K_here.load(KV_LAYOUT) if HOLD else K_here
+            V = V_here.load(KV_LAYOUT) if HOLD else V_here
+            for first in range(0, GROUP * per_head, STEP):  # an even number of turns
+                for half in gl.static_range(STEP):
+                    turn = first + half
+                    member, row0 = place(turn, first_row, per_head, GROUP)
+                    row = head_row + member * num_queries_padded + row0
+                    dk, dv = one_turn(
+                        dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots,
+                        dq_slots, q_full, q_empty, do_full, do_empty, ring + turn, row, row0, key0,
+                        num_keys, qk_scale,
+                        half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
+                    )  # fmt: skip
+            release(kv_empty.index(0))
+            key = key0 + WHICH * ROWS
+            store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
+            store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
+            done += 1
+            ring += GROUP * per_head
     tma.store_wait(0)
-    # V is read by this group alone, and not any more.
-    stage = v_slots.index(WHICH)
-    key = key0 + WHICH * ROWS
-    store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
-    store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "section"])
+@gluon.jit(do_not_specialize=["num_tiles", "section", "paired"])
 def backward_kernel(
     q, k, v, do, lse2, delta, dq, dk, dv,
     num_heads,
@@ -244,6 +290,7 @@ def backward_kernel(
     num_keys,
     num_tiles,
     section,
+    paired,
     qk_scale,
     scale,
     GROUP: gl.constexpr,
@@ -256,14 +303,6 @@ def backward_kernel(
 ):  # fmt: skip
     """num_queries_padded is a multiple of 128, to which L (inf) and D (0) are padded."""
     HEAD_DIM: gl.constexpr = k.block_shape[3]
-    tile, batch_head = locate(gl.program_id(0), num_tiles, num_batch_kv_heads, section)
-    batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
-    key0 = tile * KEYS
-    first_row = 0
-    if CAUSAL:  # Of keys that no query sees, the last queries' scores are all masked.
-        first_row = gl.minimum(key0, num_queries_padded - 2 * ROWS)
-    per_head = (num_queries_padded - first_row) // ROWS
-
     q_slots = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
     do_slots = gl.allocate_shared_memory(q.dtype, [DO_STAGES, 1, 1, ROWS, HEAD_DIM], do.layout)
     k_slot = gl.allocate_shared_memory(q.dtype, [1, 1, KEYS, HEAD_DIM], k.layout)
@@ -271,15 +310,18 @@ def backward_kernel(
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype)
     ds_slots = gl.allocate_shared_memory(q.dtype, [2, KEYS, ROWS], DS)
     dq_slots = gl.allocate_shared_memory(gl.float32, [2 * DQ_SLOTS, 128, 32], dq.layout)
+    out_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], dk.layout)
     l_slots = gl.allocate_shared_memory(gl.float32, [Q_STAGES, ROWS], lse2.layout)
     d_slots = gl.allocate_shared_memory(gl.float32, [DO_STAGES, ROWS], delta.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
     do_empty = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
     mbarrier.init(kv_full.index(0), count=1)
+    mbarrier.init(kv_empty.index(0), count=2)
     for stage in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(q_empty.index(stage), count=2)
@@ -289,14 +331,15 @@ def backward_kernel(
     fence_async_shared()
     shared = (
         dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots, dq_slots,
-        kv_full, q_full, q_empty, do_full, do_empty,
-        batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded, num_keys,
-        qk_scale, scale,
+        out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+        num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired,
+        num_queries_padded, num_keys, qk_scale, scale,
     )  # fmt: skip
     fetched = (
         q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
-        kv_full, q_full, q_empty, do_full, do_empty,
-        batch, kv_head, num_heads, key0, first_row, per_head, num_queries_padded,
+        kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+        num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired,
+        num_queries_padded,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     gl.warp_specialize(
@@ -311,7 +354,7 @@ def backward_kernel(
                 (1, GROUP, Q_STAGES, DO_STAGES, DQ_SLOTS, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM)
                 + shared,
             ),
-            (produce, (GROUP, Q_STAGES, DO_STAGES) + fetched),
+            (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],
         [4, 1],
         [240, 24],

@@ -31,7 +31,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
+from cs336_systems.attention.hopper_common import (
+    ROWS,
+    item_of,
+    meet,
+    num_laps,
+    release,
+    sums_layout,
+)
 
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -46,31 +53,6 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def num_laps(num_tiles, num_batch_heads, paired):
-    """Return how many items of work a program may have: two laps for a pair."""
-    per_head = (num_tiles >> paired) + (num_tiles & paired)
-    return gl.cdiv(per_head * num_batch_heads, gl.num_programs(0)) << paired
-
-
-@gluon.jit
-def item_of(lap, num_tiles, num_batch_heads, section, paired, CAUSAL: gl.constexpr):
-    """Return (tile, batch and head) of this program's item in a lap; tile -1 if there is none.
-
-    Causal tiles cost from one tile of keys to all. Programs that do several take them in pairs, the
-    last of a head with its first, so that each has as much to do.
-    """
-    per_head = (num_tiles >> paired) + (num_tiles & paired)
-    at = (lap >> paired) * gl.num_programs(0) + gl.program_id(0)
-    tile, batch_head = locate(at, per_head, num_batch_heads, section)
-    if CAUSAL and (lap & paired) == 0:  # The last queries see the most keys: longest first.
-        tile = num_tiles - 1 - tile
-    is_alone = (lap & paired) != 0 and tile == num_tiles - 1 - tile
-    if is_alone or at >= per_head * num_batch_heads:
-        tile = -1
-    return tile, batch_head
-
-
-@gluon.jit
 def produce(
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -80,8 +62,11 @@ def produce(
     """Fetch Q, then K and V tile by tile, as slots become free."""
     done, ring = 0, 0  # items, and tiles of keys
     for lap in range(num_laps(num_tiles, num_batch_heads, paired)):
-        tile, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired, CAUSAL)
-        if tile >= 0:
+        rank, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired)
+        if rank >= 0:
+            tile = rank
+            if CAUSAL:  # The last queries see the most keys.
+                tile = num_tiles - 1 - rank
             batch, head = batch_head // num_heads, batch_head % num_heads
             kv_head = head // GROUP
             row0 = tile * (NUM_GROUPS * ROWS)
@@ -237,8 +222,11 @@ def consume(
         meet(0, False)
     done, ring = 0, 0
     for lap in range(num_laps(num_tiles, num_batch_heads, paired)):
-        tile, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired, CAUSAL)
-        if tile >= 0:
+        rank, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired)
+        if rank >= 0:
+            tile = rank
+            if CAUSAL:  # The last queries see the most keys.
+                tile = num_tiles - 1 - rank
             batch, head = batch_head // num_heads, batch_head % num_heads
             num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
             attend(

@@ -60,6 +60,8 @@ class BackwardTile:
     """Tiles of dQ on their way out, of each group."""
     hold: bool
     """Whether K and V are held in registers."""
+    persistent: bool
+    """As ForwardTile's."""
 
 
 _FORWARD_64 = ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True)
@@ -74,8 +76,8 @@ FORWARD = {
 }
 """By head dim, and whether it is causal."""
 BACKWARD = {
-    64: BackwardTile(q_stages=3, do_stages=3, dq_slots=2, hold=True),
-    128: BackwardTile(q_stages=2, do_stages=2, dq_slots=2, hold=False),
+    64: BackwardTile(q_stages=3, do_stages=3, dq_slots=2, hold=True, persistent=True),
+    128: BackwardTile(q_stages=2, do_stages=2, dq_slots=1, hold=False, persistent=True),
 }
 
 
@@ -85,6 +87,14 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(num_items: int, persistent: bool, causal: bool, q: Tensor) -> tuple[int, int]:
+    """Return how many programs do the items of work, and 1 if they take them in pairs."""
+    most = num_multiprocessors(q.device)
+    if not persistent or num_items <= most:
+        return num_items, 0
+    return most, int(causal)
 
 
 def loadable(tensor: Tensor) -> Tensor:
@@ -104,12 +114,7 @@ def plan_hopper_forward(
     tile = tile or FORWARD[head_dim, causal]
     num_tiles = triton.cdiv(num_queries, tile.num_groups * GROUP_ROWS)
     group = num_heads // k.shape[1]
-    num_items = num_tiles * batch * num_heads
-    is_long = num_items > num_multiprocessors(q.device)
-    num_programs = num_items
-    paired = tile.persistent and is_long and causal
-    if tile.persistent and is_long:
-        num_programs = num_multiprocessors(q.device)
+    num_programs, paired = programs(num_tiles * batch * num_heads, tile.persistent, causal, q)
     arguments = {
         "q": _describe(q, GROUP_ROWS),
         "k": _describe(k, tile.block_n),
@@ -122,7 +127,7 @@ def plan_hopper_forward(
         "num_keys": k.shape[2],
         "num_tiles": num_tiles,
         "section": section(k, group),
-        "paired": int(paired),
+        "paired": paired,
         "qk_scale": scale * math.log2(math.e),
         "GROUP": group,
         "NUM_GROUPS": tile.num_groups,
@@ -153,6 +158,7 @@ def plan_hopper_backward(
     tile = tile or BACKWARD[head_dim]
     num_tiles = triton.cdiv(num_keys, KEYS)
     group = q.shape[1] // num_kv_heads
+    num_programs, paired = programs(num_tiles * batch * num_kv_heads, tile.persistent, causal, q)
     dq_shape = [dq_sum.numel() // _DQ_BOX[1], _DQ_BOX[1]]
     arguments = {
         "q": _describe(q, GROUP_ROWS),
@@ -173,6 +179,7 @@ def plan_hopper_backward(
         "num_keys": num_keys,
         "num_tiles": num_tiles,
         "section": section(q, 1),
+        "paired": paired,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
         "GROUP": group,
@@ -185,7 +192,7 @@ def plan_hopper_backward(
     }
     return Launch(
         kernel=backward_kernel,
-        num_programs=num_tiles * batch * num_kv_heads,
+        num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
     )
