@@ -3,11 +3,10 @@ warpgroups compute.
 
 An item of work is 128 keys of one key-value head, 64 to a warpgroup; a program does one item after
 another and in each goes through all queries that see the keys, of all heads that share them, 64 a
-turn. Scores are transposed (keys first), so that
-P^T and dS^T are left operands straight from registers; so are K and V where there is room for them,
-since products with both operands in shared memory take all that it can deliver. dQ needs the dS of
-both groups: it goes through shared memory, and its sums leave by the accelerator's reduce-add in
-fp32.
+turn. Scores are transposed (keys first), so that P^T and dS^T are left operands straight from
+registers; so are K and V where there is room for them, since products with both operands in shared
+memory take all that it can deliver. dQ needs the dS of both groups: it goes through shared memory,
+and its sums leave by the accelerator's reduce-add in fp32.
 
 A turn, with what the tensor cores do meanwhile in brackets:
   S^T = K Q^T, dP^T = V dO^T
