@@ -67,10 +67,13 @@ class FlashAttentionTriton(torch.autograd.Function):
         ctx.scale = scale_or_default(scale, q.shape[-1])
         ctx.deterministic, ctx.kernels = deterministic, kernels
         if _at_once(q):
-            o, lse = forward(q, k, v, is_causal, ctx.scale, check_kernel_arguments, kernels=kernels)
+            o, lse, ctx.trail = forward(
+                q, k, v, is_causal, ctx.scale, check_kernel_arguments, kernels=kernels
+            )
         else:
             check_kernel_arguments(q, k, v)
             o, lse = flash_attention_forward(q, k, v, is_causal, ctx.scale, kernels)
+            ctx.trail = None
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -78,10 +81,13 @@ class FlashAttentionTriton(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of q, k and v."""
         q, k, v, o, lse = ctx.saved_tensors
-        run = backward if _at_once(do) else flash_attention_backward
-        gradients = run(
-            do, q, k, v, o, lse, ctx.is_causal, ctx.scale, ctx.deterministic, kernels=ctx.kernels
-        )
+        settings = ctx.is_causal, ctx.scale, ctx.deterministic
+        if _at_once(do):
+            gradients = backward(
+                do, q, k, v, o, lse, *settings, kernels=ctx.kernels, trail=ctx.trail
+            )
+        else:
+            gradients = flash_attention_backward(do, q, k, v, o, lse, *settings, ctx.kernels)
         return *forbid_second_derivative(gradients, q, k, v, do), None, None, None, None
 
 
@@ -127,7 +133,7 @@ def flash_attention_forward(
     Shapes: O as q, L (..., num_queries) in fp32.
     """
     check_kernel_arguments(q, k, v)
-    return forward(q, k, v, is_causal, scale, kernels=kernels)
+    return forward(q, k, v, is_causal, scale, kernels=kernels)[:2]
 
 
 @flash_attention_forward.register_fake

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +27,14 @@ class Plan:
         compiled = [launch.run() for launch in self.launches]
         if any(kernel is None for kernel in compiled):
             return None
-        names = {id(tensor): name for name, tensor in (*self.inputs.items(), *self.results.items())}
+        tensors = (*self.inputs.values(), *self.results.values())
+        places = {id(tensor): place for place, tensor in enumerate(tensors)}
         steps = [
-            _Step.of(kernel, launch, names)
+            _Step.of(kernel, launch, places)
             for kernel, launch in zip(compiled, self.launches, strict=True)
         ]
-        results = {name: _Memory.of(tensor) for name, tensor in self.results.items()}
-        return Replay(steps, results, next(iter(self.inputs.values())).device)
+        results = [_Memory.of(tensor) for tensor in self.results.values()]
+        return Replay(steps, results, tensors[0].device)
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,20 @@ class Replay:
     """Compiled kernels with all their arguments but the tensors."""
 
     steps: list[_Step]
-    results: dict[str, _Memory]
+    results: list[_Memory]
     device: torch.device
+    after: dict[Any, Replay] = field(default_factory=dict)
+    """Of a forward pass: the backward passes that followed it on the same tensors."""
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Queue the kernels on other inputs like those planned with; return new results."""
-        made = {name: memory.allocate(self.device) for name, memory in self.results.items()}
-        tensors = {**inputs, **made}
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Queue the kernels on other inputs like those planned with, in the plan's order; return
+        new results."""
+        empty, device = torch.empty_strided, self.device
+        made = [
+            empty(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype in self.results
+        ]
+        tensors = (*inputs, *made)
         for step in self.steps:
             step.run(tensors)
         return made
@@ -62,39 +70,36 @@ class _Memory(NamedTuple):
     def of(cls, tensor: Tensor) -> _Memory:
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
-    def allocate(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
-
 
 class _Step(NamedTuple):
     """One compiled kernel: its arguments, and where tensors belong among them."""
 
     launch: Any
     arguments: list[Any]
-    tensors: list[tuple[int, str]]
-    descriptors: list[tuple[int, str]]
+    tensors: list[tuple[int, int]]
+    descriptors: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, kernel: Any, launch: Launch, names: Mapping[int, str]) -> _Step:
+    def of(cls, kernel: Any, launch: Launch, places: Mapping[int, int]) -> _Step:
         arguments = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
         tensors, descriptors = [], []
         for index, value in enumerate(arguments):
             if hasattr(value, "block_shape"):  # a descriptor, Triton's or Gluon's
-                descriptors.append((index, names[id(value.base)]))
+                descriptors.append((index, places[id(value.base)]))
                 arguments[index] = _without_base(value)
             elif isinstance(value, Tensor):
-                tensors.append((index, names[id(value)]))
+                tensors.append((index, places[id(value)]))
                 arguments[index] = None
         grid = (launch.num_programs, 1, 1)
         return cls(kernel[grid], arguments, tensors, descriptors)
 
-    def run(self, tensors: Mapping[str, Tensor]) -> None:
+    def run(self, tensors: Sequence[Tensor]) -> None:
         arguments = list(self.arguments)
-        for index, name in self.tensors:
-            arguments[index] = tensors[name]
-        for index, name in self.descriptors:
+        for index, place in self.tensors:
+            arguments[index] = tensors[place]
+        for index, place in self.descriptors:
             descriptor = copy.copy(arguments[index])
-            descriptor.base = tensors[name]
+            descriptor.base = tensors[place]
             arguments[index] = descriptor
         self.launch(*arguments)
 

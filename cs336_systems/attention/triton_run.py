@@ -6,9 +6,9 @@ on small inputs planning would take longer than the kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,12 +33,22 @@ from cs336_systems.table import interpreting
 
 MOST_PLANS = 4096
 """Plans kept; inputs of ever new shapes must not fill the memory."""
+_MOST_FOLLOWING = 16
+"""Backward passes kept with a forward pass: one for each layout that gradients come in."""
 Check = Callable[[Tensor, Tensor, Tensor], None]
 PORTABLE, HOPPER = "portable", "hopper"
 """Kernels by name."""
 
 
 _REPLAYS: dict[tuple[Any, ...], Replay] = {}
+
+
+class Trail(NamedTuple):
+    """How the backward pass of a forward pass that was replayed is found without planning."""
+
+    replay: Replay
+    places: tuple[Any, ...]
+    """Where q, k, v, O and L were."""
 
 
 def forward(
@@ -50,27 +60,30 @@ def forward(
     check: Check | None = None,
     *,
     kernels: str = PORTABLE,
-) -> tuple[Tensor, Tensor]:
-    """Return O and L. A row that sees no key has O = 0 and L = -inf.
+) -> tuple[Tensor, Tensor, Trail | None]:
+    """Return O, L and what `backward` may take. A row that sees no key has O = 0 and L = -inf.
 
     kernels: PORTABLE, or HOPPER for inputs that `flash_hopper.unfit` has nothing against.
     `check` is called unless inputs of the same shapes, strides and kinds have passed it before.
     """
-    inputs = {"q": q, "k": k, "v": v}
-    key = _key("forward", kernels, is_causal, scale, precision(q.dtype), **inputs)
-    if (replay := _REPLAYS.get(key)) is not None:
-        with _on(q.device):
-            made = replay.run(inputs)
-        return _shaped(made["o"], q.shape), _shaped(made["lse"], q.shape[:-1])
-    if check is not None:
-        check(q, k, v)
-    if k.shape[-2] == 0 or q.numel() == 0:
-        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
-        return empty_like(q).zero_(), lse
-    plan_for = _plan_hopper_forward if kernels == HOPPER else _plan_forward
-    plan = plan_for(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
-    made = _first_run(key, inputs, plan)
-    return _shaped(made["o"], q.shape), _shaped(made["lse"], q.shape[:-1])
+    key = (
+        "forward", kernels, is_causal, scale, precision(q.dtype), *_layout(q), *_layout(k),
+        *_layout(v),
+    )  # fmt: skip
+    replay = _REPLAYS.get(key)
+    if replay is not None:
+        o, lse = _run(replay, (q, k, v))
+    else:
+        if check is not None:
+            check(q, k, v)
+        if k.shape[-2] == 0 or q.numel() == 0:
+            lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+            return empty_like(q).zero_(), lse, None
+        plan_for = _plan_hopper_forward if kernels == HOPPER else _plan_forward
+        plan = plan_for(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
+        o, lse = _first_run(key, {"q": q, "k": k, "v": v}, plan)
+    o, lse = _shaped(o, q.shape), _shaped(lse, q.shape[:-1])
+    return o, lse, None if replay is None else Trail(replay, _places(q, k, v, o, lse))
 
 
 def backward(
@@ -85,21 +98,35 @@ def backward(
     deterministic: bool,
     *,
     kernels: str = PORTABLE,
+    trail: Trail | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dQ, dK and dV; `kernels` as in `forward`, portable ones where it is deterministic."""
+    """Return dQ, dK and dV; `kernels` as in `forward`, portable ones where it is deterministic.
+
+    trail: from the forward pass, if with these settings and kernels.
+    """
     if do.stride(-1) != 1 and do.shape[-1] > 1:
         # The gradient of a sum is one number expanded: no stride of 1 anywhere.
         do = do.contiguous()
-    inputs = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
+    inputs = (do, q, k, v, o, lse)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    followed = None
+    after = (deterministic, precision(q.dtype), *_layout(do))
+    # Hooks may have put what was saved elsewhere, and laid it out in another way.
+    if trail is not None and trail.places == _places(q, k, v, o, lse):
+        followed = trail.replay.after
+        if (replay := followed.get(after)) is not None:
+            return _gradients(_run(replay, inputs), q, k, v)
     if deterministic:
         kernels = PORTABLE
-    settings = (kernels, is_causal, scale, precision(q.dtype), deterministic)
-    key = _key("backward", *settings, **inputs)
-    if (replay := _REPLAYS.get(key)) is not None:
-        with _on(q.device):
-            made = replay.run(inputs)
-        return _gradients(made, q, k, v)
+    key = (
+        "backward", kernels, is_causal, scale, precision(q.dtype), deterministic,
+        *(part for tensor in inputs for part in _layout(tensor)),
+    )  # fmt: skip
+    replay = _REPLAYS.get(key)
+    if replay is not None:
+        if followed is not None and len(followed) < _MOST_FOLLOWING:
+            followed[after] = replay
+        return _gradients(_run(replay, inputs), q, k, v)
     if k.shape[-2] == 0 or q.numel() == 0:
         dq, dk, dv = (empty_like(tensor).zero_() for tensor in (q, k, v))
         return dq, dk, dv
@@ -108,14 +135,14 @@ def backward(
         plan = _plan_hopper_backward(views, lse, is_causal, scale)
     else:
         plan = _plan_backward(views, lse, is_causal, scale, deterministic)
-    made = _first_run(key, inputs, plan)
-    return _gradients(made, q, k, v)
+    named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
+    return _gradients(_first_run(key, named, plan), q, k, v)
 
 
 def _gradients(
-    made: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor
+    results: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = made["dq"], made["dk"], made["dv"]
+    dq, dk, dv = results[:3]
     return _shaped(dq, q.shape), _shaped(dk, k.shape), _shaped(dv, v.shape)
 
 
@@ -233,18 +260,18 @@ def _tile(
         return tuner.tile(kernel, table, made, plan, prepare)
 
 
-def _key(*settings: Any, **tensors: Tensor) -> tuple[Any, ...]:
-    """Return all that a plan depends on."""
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Return all of a tensor that a plan depends on."""
     return (
-        settings,
-        *(
-            (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNMENT)
-            for t in tensors.values()
-        ),
-    )
+        tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % ALIGNMENT
+    )  # fmt: skip
 
 
-def _first_run(key: tuple[Any, ...], inputs: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+def _places(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple([(tensor.data_ptr(), tensor.stride()) for tensor in tensors])
+
+
+def _first_run(key: tuple[Any, ...], inputs: Mapping[str, Tensor], plan: Plan) -> list[Tensor]:
     """Run a plan and keep it, unless it worked on copies of its inputs."""
     with _on(inputs["q"].device):
         replay = plan.run()
@@ -253,7 +280,15 @@ def _first_run(key: tuple[Any, ...], inputs: Mapping[str, Tensor], plan: Plan) -
         if len(_REPLAYS) >= MOST_PLANS:
             _REPLAYS.clear()
         _REPLAYS[key] = replay
-    return plan.results
+    return list(plan.results.values())
+
+
+def _run(replay: Replay, inputs: Sequence[Tensor]) -> list[Tensor]:
+    device = replay.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return replay.run(inputs)
+    with torch.cuda.device(device):
+        return replay.run(inputs)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
