@@ -54,7 +54,7 @@ def test_other_tensors_take_the_places_of_those_planned_with() -> None:
     arguments = {"source": Described(x), "number": 5, "scratch": scratch, "result": result}
     replay = Plan(
         [FakeLaunch(arguments, fill)], {"x": x}, {"result": result, "scratch": scratch}
-    ).run()  # type: ignore[list-item]
+    ).run([])  # type: ignore[list-item]
     assert torch.equal(result, torch.full((2, 3), 6.0))
     assert replay is not None
     first, other_scratch = replay.run([torch.full((2, 3), 2.0)])

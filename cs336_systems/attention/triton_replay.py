@@ -22,8 +22,11 @@ class Plan:
     results: dict[str, Tensor]
     """Outputs and scratch."""
 
-    def run(self) -> Replay | None:
-        """Queue the kernels; return what repeats them, or None in Triton's interpreter."""
+    def run(self, shapes: Sequence[torch.Size]) -> Replay | None:
+        """Queue the kernels; return what repeats them, or None in Triton's interpreter.
+
+        Its first results then have these shapes.
+        """
         compiled = [launch.run() for launch in self.launches]
         if any(kernel is None for kernel in compiled):
             return None
@@ -33,8 +36,12 @@ class Plan:
             _Step.of(kernel, launch, places)
             for kernel, launch in zip(compiled, self.launches, strict=True)
         ]
-        results = [_Memory.of(tensor) for tensor in self.results.values()]
-        return Replay(steps, results, tensors[0].device)
+        made = list(self.results.values())
+        for place, shape in enumerate(shapes):
+            made[place] = made[place].view(shape)
+        device = tensors[0].device
+        index = device.index if device.type == "cuda" else None
+        return Replay(steps, [_Memory.of(tensor) for tensor in made], device, index)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,20 @@ class Replay:
     steps: list[_Step]
     results: list[_Memory]
     device: torch.device
+    index: int | None
+    """Of a CUDA device."""
     after: dict[Any, Replay] = field(default_factory=dict)
     """Of a forward pass: the backward passes that followed it on the same tensors."""
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Queue the kernels on other inputs like those planned with, in the plan's order; return
         new results."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                return self._run(inputs)
+        return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         empty, device = torch.empty_strided, self.device
         made = [
             empty(shape, strides, dtype=dtype, device=device)

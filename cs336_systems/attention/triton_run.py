@@ -67,23 +67,24 @@ def forward(
     `check` is called unless inputs of the same shapes, strides and kinds have passed it before.
     """
     key = (
-        "forward", kernels, is_causal, scale, precision(q.dtype), *_layout(q), *_layout(k),
-        *_layout(v),
+        "forward", kernels, is_causal, scale, precision(q.dtype),
+        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() % ALIGNMENT,
+        k.shape, k.stride(), k.dtype, k.device, k.data_ptr() % ALIGNMENT,
+        v.shape, v.stride(), v.dtype, v.device, v.data_ptr() % ALIGNMENT,
     )  # fmt: skip
     replay = _REPLAYS.get(key)
     if replay is not None:
-        o, lse = _run(replay, (q, k, v))
-    else:
-        if check is not None:
-            check(q, k, v)
-        if k.shape[-2] == 0 or q.numel() == 0:
-            lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
-            return empty_like(q).zero_(), lse, None
-        plan_for = _plan_hopper_forward if kernels == HOPPER else _plan_forward
-        plan = plan_for(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
-        o, lse = _first_run(key, {"q": q, "k": k, "v": v}, plan)
-    o, lse = _shaped(o, q.shape), _shaped(lse, q.shape[:-1])
-    return o, lse, None if replay is None else Trail(replay, _places(q, k, v, o, lse))
+        o, lse = replay.run((q, k, v))
+        return o, lse, Trail(replay, _places(q, k, v, o, lse))
+    if check is not None:
+        check(q, k, v)
+    if k.shape[-2] == 0 or q.numel() == 0:
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+        return empty_like(q).zero_(), lse, None
+    plan_for = _plan_hopper_forward if kernels == HOPPER else _plan_forward
+    plan = plan_for(as_4d(q), as_4d(k), as_4d(v), is_causal, scale)
+    o, lse = _first_run(key, {"q": q, "k": k, "v": v}, plan, (q.shape, q.shape[:-1]))
+    return o, lse, None
 
 
 def backward(
@@ -115,7 +116,8 @@ def backward(
     if trail is not None and trail.places == _places(q, k, v, o, lse):
         followed = trail.replay.after
         if (replay := followed.get(after)) is not None:
-            return _gradients(_run(replay, inputs), q, k, v)
+            dq, dk, dv, *_ = replay.run(inputs)
+            return dq, dk, dv
     if deterministic:
         kernels = PORTABLE
     key = (
@@ -126,7 +128,8 @@ def backward(
     if replay is not None:
         if followed is not None and len(followed) < _MOST_FOLLOWING:
             followed[after] = replay
-        return _gradients(_run(replay, inputs), q, k, v)
+        dq, dk, dv, *_ = replay.run(inputs)
+        return dq, dk, dv
     if k.shape[-2] == 0 or q.numel() == 0:
         dq, dk, dv = (empty_like(tensor).zero_() for tensor in (q, k, v))
         return dq, dk, dv
@@ -136,14 +139,8 @@ def backward(
     else:
         plan = _plan_backward(views, lse, is_causal, scale, deterministic)
     named = {"do": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
-    return _gradients(_first_run(key, named, plan), q, k, v)
-
-
-def _gradients(
-    results: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = results[:3]
-    return _shaped(dq, q.shape), _shaped(dk, k.shape), _shaped(dv, v.shape)
+    dq, dk, dv, *_ = _first_run(key, named, plan, (q.shape, k.shape, v.shape))
+    return dq, dk, dv
 
 
 def _shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -271,24 +268,22 @@ def _places(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple([(tensor.data_ptr(), tensor.stride()) for tensor in tensors])
 
 
-def _first_run(key: tuple[Any, ...], inputs: Mapping[str, Tensor], plan: Plan) -> list[Tensor]:
-    """Run a plan and keep it, unless it worked on copies of its inputs."""
+def _first_run(
+    key: tuple[Any, ...],
+    inputs: Mapping[str, Tensor],
+    plan: Plan,
+    shapes: Sequence[torch.Size],
+) -> list[Tensor]:
+    """Run a plan and keep it, unless it worked on copies of its inputs; return results, the first
+    ones in these shapes."""
     with _on(inputs["q"].device):
-        replay = plan.run()
+        replay = plan.run(shapes)
     in_place = all(plan.inputs[name].data_ptr() == inputs[name].data_ptr() for name in inputs)
     if replay is not None and in_place:
         if len(_REPLAYS) >= MOST_PLANS:
             _REPLAYS.clear()
         _REPLAYS[key] = replay
-    return list(plan.results.values())
-
-
-def _run(replay: Replay, inputs: Sequence[Tensor]) -> list[Tensor]:
-    device = replay.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return replay.run(inputs)
-    with torch.cuda.device(device):
-        return replay.run(inputs)
+    return [_shaped(*each) for each in zip(plan.results.values(), shapes, strict=False)]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
