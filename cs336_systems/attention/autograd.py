@@ -12,10 +12,11 @@ from torch import Tensor
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts a product's operands: to its dtype where it is on, but not fp64."""
-    device = tensors[0].device
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    first = tensors[0]
+    kind = "cuda" if first.is_cuda else first.device.type  # the former takes a tenth of the time
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
-    dtype = torch.get_autocast_dtype(device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

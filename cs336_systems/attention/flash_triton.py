@@ -116,9 +116,9 @@ def check_kernel_arguments(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _at_once(tensor: Tensor) -> bool:
     """Tell whether to launch kernels now: not while tracing, nor for tensors without memory."""
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN_TYPES:
+    if type(tensor) not in _PLAIN_TYPES or tensor.is_meta:
         return False
-    return tensor.device.type != "meta"
+    return not torch.compiler.is_compiling()
 
 
 # --- the same as operators, which tracing can see ---
