@@ -43,7 +43,7 @@ LEAST_REGISTERS = 16
 """Of a kernel that does anything."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 128, 256)
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int32: "i32"}
 _COMMENT = re.compile(r"/\*.*?\*/")
 _JUMP = re.compile(r"\bBRA\S* (?:\S+, )?`\((\.L\w+)\)")
 _PRODUCT = re.compile(r"\bHGMMA\.64x(\d+)x16\.\S+ R\d+, R(\d+), gdesc")

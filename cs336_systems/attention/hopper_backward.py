@@ -36,14 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import (
-    ROWS,
-    item_of,
-    meet,
-    num_laps,
-    release,
-    sums_layout,
-)
+from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
 
 KEYS = gl.constexpr(128)
 
@@ -81,51 +74,52 @@ def produce(
     GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-    num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired, num_queries_padded,
+    following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
+    num_queries_padded,
 ):  # fmt: skip
     """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
     done, ring = 0, 0  # items and turns
-    for lap in range(num_laps(num_tiles, num_batch_kv_heads, paired)):
-        tile, batch_head = item_of(lap, num_tiles, num_batch_kv_heads, section, paired)
-        if tile >= 0:
-            batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
-            key0 = tile * KEYS
-            first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-            per_head = (num_queries_padded - first_row) // ROWS
-            mbarrier.wait(kv_empty.index(0), done & 1 ^ 1)
-            mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
-            for group in gl.static_range(2):
-                tma.async_copy_global_to_shared(
-                    v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0),
-                    v_slots.index(group),
-                )  # fmt: skip
-            for turn in range(GROUP * per_head):
-                member, row0 = place(turn, first_row, per_head, GROUP)
-                head = kv_head * GROUP + member
-                row = (batch * num_heads + head) * num_queries_padded + row0
-                at = ring + turn
-                q_slot, do_slot = at % Q_STAGES, at % DO_STAGES
-                mbarrier.wait(q_empty.index(q_slot), (at // Q_STAGES) & 1 ^ 1)
-                mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes + lse2.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
-                )
-                tma.async_copy_global_to_shared(
-                    lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)
-                )
-                mbarrier.wait(do_empty.index(do_slot), (at // DO_STAGES) & 1 ^ 1)
-                mbarrier.expect(
-                    do_full.index(do_slot), do.block_type.nbytes + delta.block_type.nbytes
-                )
-                tma.async_copy_global_to_shared(
-                    do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
-                )
-                tma.async_copy_global_to_shared(
-                    delta, [row], do_full.index(do_slot), d_slots.index(do_slot)
-                )
-            done += 1
-            ring += GROUP * per_head
+    item = gl.program_id(0)
+    while item >= 0:
+        following = gl.load(following_ptr + item)
+        tile, batch_head = locate(item, num_tiles, num_batch_kv_heads, section)
+        batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+        key0 = tile * KEYS
+        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+        per_head = (num_queries_padded - first_row) // ROWS
+        mbarrier.wait(kv_empty.index(0), done & 1 ^ 1)
+        mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
+        tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
+        for group in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0),
+                v_slots.index(group),
+            )  # fmt: skip
+        for turn in range(GROUP * per_head):
+            member, row0 = place(turn, first_row, per_head, GROUP)
+            head = kv_head * GROUP + member
+            row = (batch * num_heads + head) * num_queries_padded + row0
+            at = ring + turn
+            q_slot, do_slot = at % Q_STAGES, at % DO_STAGES
+            mbarrier.wait(q_empty.index(q_slot), (at // Q_STAGES) & 1 ^ 1)
+            mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes + lse2.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
+            )
+            tma.async_copy_global_to_shared(
+                lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)
+            )
+            mbarrier.wait(do_empty.index(do_slot), (at // DO_STAGES) & 1 ^ 1)
+            mbarrier.expect(do_full.index(do_slot), do.block_type.nbytes + delta.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
+            )
+            tma.async_copy_global_to_shared(
+                delta, [row], do_full.index(do_slot), d_slots.index(do_slot)
+            )
+        done += 1
+        ring += GROUP * per_head
+        item = following
 
 
 @gluon.jit
@@ -233,8 +227,8 @@ def consume(
     HEAD_DIM: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots,
     dq_slots, out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-    num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired, num_queries_padded,
-    num_keys, qk_scale, scale,
+    following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
+    num_queries_padded, num_keys, qk_scale, scale,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys of every item, and this group's share of dQ."""
     dtype: gl.constexpr = q_slots.dtype
@@ -246,42 +240,45 @@ def consume(
     V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
     stage = out_slots.index(WHICH)
     done, ring = 0, 0
-    for lap in range(num_laps(num_tiles, num_batch_kv_heads, paired)):
-        tile, batch_head = item_of(lap, num_tiles, num_batch_kv_heads, section, paired)
-        if tile >= 0:
-            batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
-            key0 = tile * KEYS
-            first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-            per_head = (num_queries_padded - first_row) // ROWS
-            head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
-            dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-            dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-            mbarrier.wait(kv_full.index(0), done & 1)
-            K = K_here.load(KV_LAYOUT) if HOLD else K_here
-            V = V_here.load(KV_LAYOUT) if HOLD else V_here
-            for first in range(0, GROUP * per_head, STEP):  # an even number of turns
-                for half in gl.static_range(STEP):
-                    turn = first + half
-                    member, row0 = place(turn, first_row, per_head, GROUP)
-                    row = head_row + member * num_queries_padded + row0
-                    dk, dv = one_turn(
-                        dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots,
-                        dq_slots, q_full, q_empty, do_full, do_empty, ring + turn, row, row0, key0,
-                        num_keys, qk_scale,
-                        half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
-                    )  # fmt: skip
-            release(kv_empty.index(0))
-            key = key0 + WHICH * ROWS
-            store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
-            store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
-            done += 1
-            ring += GROUP * per_head
+    item = gl.program_id(0)
+    while item >= 0:
+        following = gl.load(following_ptr + item)
+        tile, batch_head = locate(item, num_tiles, num_batch_kv_heads, section)
+        batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+        key0 = tile * KEYS
+        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+        per_head = (num_queries_padded - first_row) // ROWS
+        head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+        dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+        dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+        mbarrier.wait(kv_full.index(0), done & 1)
+        K = K_here.load(KV_LAYOUT) if HOLD else K_here
+        V = V_here.load(KV_LAYOUT) if HOLD else V_here
+        for first in range(0, GROUP * per_head, STEP):  # an even number of turns
+            for half in gl.static_range(STEP):
+                turn = first + half
+                member, row0 = place(turn, first_row, per_head, GROUP)
+                row = head_row + member * num_queries_padded + row0
+                dk, dv = one_turn(
+                    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots,
+                    dq_slots, q_full, q_empty, do_full, do_empty, ring + turn, row, row0, key0,
+                    num_keys, qk_scale,
+                    half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
+                )  # fmt: skip
+        release(kv_empty.index(0))
+        key = key0 + WHICH * ROWS
+        store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
+        store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
+        done += 1
+        ring += GROUP * per_head
+        item = following
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "section", "paired"])
+@gluon.jit(do_not_specialize=["num_tiles", "section"])
 def backward_kernel(
     q, k, v, do, lse2, delta, dq, dk, dv,
+    following_ptr,
     num_heads,
     num_kv_heads,
     num_batch_kv_heads,
@@ -289,7 +286,6 @@ def backward_kernel(
     num_keys,
     num_tiles,
     section,
-    paired,
     qk_scale,
     scale,
     GROUP: gl.constexpr,
@@ -331,13 +327,13 @@ def backward_kernel(
     shared = (
         dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots, dq_slots,
         out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-        num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired,
+        following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
         num_queries_padded, num_keys, qk_scale, scale,
     )  # fmt: skip
     fetched = (
         q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
         kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-        num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section, paired,
+        following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
         num_queries_padded,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.

@@ -27,38 +27,15 @@ def sums_layout(columns):
 
 
 @gluon.jit
-def locate(pid, num_tiles, num_batch_heads, section):
-    """Return (tile, batch and head) at a place in the order, as the portable kernels' `locate`."""
-    first = pid // (num_tiles * section) * section
-    num_heads = gl.minimum(section, num_batch_heads - first)
-    rest = pid - first * num_tiles
-    return rest // num_heads, first + rest % num_heads
+def locate(item, num_tiles, num_batch_heads, section):
+    """Return (rank, batch and head) of an item, as the portable kernels' `locate`.
 
-
-@gluon.jit
-def num_laps(num_tiles, num_batch_heads, paired):
-    """Return how many items of work a program may have: two laps for a pair."""
-    per_head = (num_tiles >> paired) + (num_tiles & paired)
-    return gl.cdiv(per_head * num_batch_heads, gl.num_programs(0)) << paired
-
-
-@gluon.jit
-def item_of(lap, num_tiles, num_batch_heads, section, paired):
-    """Return (rank, batch and head) of this program's item in a lap; rank -1 if there is none.
-
-    A head's tiles are ranked by what they cost, longest first. Programs that do several take them
-    in pairs, the first of a head with its last, so that each has as much to do.
+    A head's tiles are ranked by what they cost, longest first.
     """
-    per_head = (num_tiles >> paired) + (num_tiles & paired)
-    at = (lap >> paired) * gl.num_programs(0) + gl.program_id(0)
-    rank, batch_head = locate(at, per_head, num_batch_heads, section)
-    partner = num_tiles - 1 - rank
-    is_alone = (lap & paired) != 0 and rank == partner
-    if (lap & paired) != 0:
-        rank = partner
-    if is_alone or at >= per_head * num_batch_heads:
-        rank = -1
-    return rank, batch_head
+    first = item // (num_tiles * section) * section
+    num_heads = gl.minimum(section, num_batch_heads - first)
+    rest = item - first * num_tiles
+    return rest // num_heads, first + rest % num_heads
 
 
 @gluon.jit

@@ -31,14 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import (
-    ROWS,
-    item_of,
-    meet,
-    num_laps,
-    release,
-    sums_layout,
-)
+from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
 
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -53,46 +46,54 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
+def place_of(item, num_tiles, num_batch_heads, section, CAUSAL: gl.constexpr):
+    """Return the (tile, batch and head) of an item."""
+    tile, batch_head = locate(item, num_tiles, num_batch_heads, section)
+    if CAUSAL:  # The last queries see the most keys.
+        tile = num_tiles - 1 - tile
+    return tile, batch_head
+
+
+@gluon.jit
 def produce(
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
     q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    num_heads, num_batch_heads, num_tiles, section, paired, num_keys,
+    following_ptr, num_heads, num_batch_heads, num_tiles, section, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
     done, ring = 0, 0  # items, and tiles of keys
-    for lap in range(num_laps(num_tiles, num_batch_heads, paired)):
-        rank, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired)
-        if rank >= 0:
-            tile = rank
-            if CAUSAL:  # The last queries see the most keys.
-                tile = num_tiles - 1 - rank
-            batch, head = batch_head // num_heads, batch_head % num_heads
-            kv_head = head // GROUP
-            row0 = tile * (NUM_GROUPS * ROWS)
-            num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
-            for group in gl.static_range(NUM_GROUPS):
-                mbarrier.wait(q_empty.index(group), done & 1 ^ 1)
-                mbarrier.expect(q_full.index(group), q.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
-                    q_slots.index(group),
-                )  # fmt: skip
-            for turn in range(num):
-                slot, parity = (ring + turn) % STAGES, ((ring + turn) // STAGES) & 1 ^ 1
-                key0 = (num - 1 - turn) * BLOCK_N
-                mbarrier.wait(k_empty.index(slot), parity)
-                mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
-                )
-                mbarrier.wait(v_empty.index(slot), parity)
-                mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
-                )
-            done += 1
-            ring += num
+    item = gl.program_id(0)
+    while item >= 0:
+        following = gl.load(following_ptr + item)
+        tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
+        batch, head = batch_head // num_heads, batch_head % num_heads
+        kv_head = head // GROUP
+        row0 = tile * (NUM_GROUPS * ROWS)
+        num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
+        for group in gl.static_range(NUM_GROUPS):
+            mbarrier.wait(q_empty.index(group), done & 1 ^ 1)
+            mbarrier.expect(q_full.index(group), q.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
+                q_slots.index(group),
+            )  # fmt: skip
+        for turn in range(num):
+            slot, parity = (ring + turn) % STAGES, ((ring + turn) // STAGES) & 1 ^ 1
+            key0 = (num - 1 - turn) * BLOCK_N
+            mbarrier.wait(k_empty.index(slot), parity)
+            mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
+            )
+            mbarrier.wait(v_empty.index(slot), parity)
+            mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
+            )
+        done += 1
+        ring += num
+        item = following
 
 
 @gluon.jit
@@ -214,46 +215,45 @@ def consume(
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, num_heads, num_batch_heads, num_tiles, section, paired, num_queries, num_keys,
+    v_empty, following_ptr, num_heads, num_batch_heads, num_tiles, section, num_queries, num_keys,
     qk_scale,
 ):  # fmt: skip
     """Attend in all items of this program with warpgroup WHICH."""
     if PING_PONG and WHICH == NUM_GROUPS - 1:
         meet(0, False)
     done, ring = 0, 0
-    for lap in range(num_laps(num_tiles, num_batch_heads, paired)):
-        rank, batch_head = item_of(lap, num_tiles, num_batch_heads, section, paired)
-        if rank >= 0:
-            tile = rank
-            if CAUSAL:  # The last queries see the most keys.
-                tile = num_tiles - 1 - rank
-            batch, head = batch_head // num_heads, batch_head % num_heads
-            num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
-            attend(
-                WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
-                o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, batch, head, batch_head, tile, done, ring, num, num_queries,
-                num_keys, qk_scale,
-            )  # fmt: skip
-            done += 1
-            ring += num
+    item = gl.program_id(0)
+    while item >= 0:
+        following = gl.load(following_ptr + item)
+        tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
+        batch, head = batch_head // num_heads, batch_head % num_heads
+        num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
+        attend(
+            WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
+            o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
+            v_full, v_empty, batch, head, batch_head, tile, done, ring, num, num_queries,
+            num_keys, qk_scale,
+        )  # fmt: skip
+        done += 1
+        ring += num
+        item = following
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "section", "paired"])
+@gluon.jit(do_not_specialize=["num_tiles", "section"])
 def forward_kernel(
     q,
     k,
     v,
     o,
     lse_ptr,
+    following_ptr,
     num_heads,
     num_batch_heads,
     num_queries,
     num_keys,
     num_tiles,
     section,
-    paired,
     qk_scale,
     GROUP: gl.constexpr,
     NUM_GROUPS: gl.constexpr,
@@ -287,12 +287,12 @@ def forward_kernel(
     fence_async_shared()
     shared = (
         o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-        v_empty, num_heads, num_batch_heads, num_tiles, section, paired, num_queries, num_keys,
-        qk_scale,
+        v_empty, following_ptr, num_heads, num_batch_heads, num_tiles, section, num_queries,
+        num_keys, qk_scale,
     )  # fmt: skip
     fetched = (
         q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        num_heads, num_batch_heads, num_tiles, section, paired, num_keys,
+        following_ptr, num_heads, num_batch_heads, num_tiles, section, num_keys,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     if NUM_GROUPS == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
+from cs336_systems.attention.hopper_schedule import following
 from cs336_systems.attention.triton_launch import Launch, fits_tma, section
 
 GROUP_ROWS = ROWS.value
@@ -72,7 +73,7 @@ FORWARD = {
     (64, False): _FORWARD_64,
     (64, True): _FORWARD_64,
     (128, False): _FORWARD_128,
-    (128, True): replace(_FORWARD_128, persistent=False),
+    (128, True): _FORWARD_128,
 }
 """By head dim, and whether it is causal."""
 BACKWARD = {
@@ -89,12 +90,14 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def programs(num_items: int, persistent: bool, causal: bool, q: Tensor) -> tuple[int, int]:
-    """Return how many programs do the items of work, and 1 if they take them in pairs."""
-    most = num_multiprocessors(q.device)
-    if not persistent or num_items <= most:
-        return num_items, 0
-    return most, int(causal)
+def _deal(
+    costs: tuple[int, ...], num_heads: int, heads_at_a_time: int, persistent: bool, like: Tensor
+) -> tuple[int, Tensor]:
+    """Return how many programs there are, and what each item is followed by."""
+    num_items = len(costs) * num_heads
+    most = num_multiprocessors(like.device) if persistent else num_items
+    num_programs = min(num_items, most)
+    return num_programs, following(costs, num_heads, heads_at_a_time, num_programs, like.device)
 
 
 def loadable(tensor: Tensor) -> Tensor:
@@ -112,22 +115,26 @@ def plan_hopper_forward(
     """Return the launch that fills O and L; tensors are four-dimensional, scale positive."""
     batch, num_heads, num_queries, head_dim = q.shape
     tile = tile or FORWARD[head_dim, causal]
-    num_tiles = triton.cdiv(num_queries, tile.num_groups * GROUP_ROWS)
+    rows = tile.num_groups * GROUP_ROWS
+    num_tiles = triton.cdiv(num_queries, rows)
     group = num_heads // k.shape[1]
-    num_programs, paired = programs(num_tiles * batch * num_heads, tile.persistent, causal, q)
+    stops = range(num_tiles * rows, 0, -rows)  # by rank: the last queries first
+    costs = tuple(min(stop, k.shape[2]) if causal else k.shape[2] for stop in stops)
+    heads_at_a_time = section(k, group)
+    num_programs, followed_by = _deal(costs, batch * num_heads, heads_at_a_time, tile.persistent, q)
     arguments = {
         "q": _describe(q, GROUP_ROWS),
         "k": _describe(k, tile.block_n),
         "v": _describe(v, tile.block_n),
         "o": _describe(o, GROUP_ROWS),
         "lse_ptr": lse,
+        "following_ptr": followed_by,
         "num_heads": num_heads,
         "num_batch_heads": batch * num_heads,
         "num_queries": num_queries,
         "num_keys": k.shape[2],
         "num_tiles": num_tiles,
-        "section": section(k, group),
-        "paired": paired,
+        "section": heads_at_a_time,
         "qk_scale": scale * math.log2(math.e),
         "GROUP": group,
         "NUM_GROUPS": tile.num_groups,
@@ -141,6 +148,7 @@ def plan_hopper_forward(
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
+        constants=("following_ptr",),
     )
 
 
@@ -158,7 +166,13 @@ def plan_hopper_backward(
     tile = tile or BACKWARD[head_dim]
     num_tiles = triton.cdiv(num_keys, KEYS)
     group = q.shape[1] // num_kv_heads
-    num_programs, paired = programs(num_tiles * batch * num_kv_heads, tile.persistent, causal, q)
+    num_rows = delta.shape[2]
+    starts = (min(tile * KEYS, num_rows - KEYS) if causal else 0 for tile in range(num_tiles))
+    costs = tuple(group * (num_rows - start) for start in starts)
+    heads_at_a_time = section(q, 1)
+    num_programs, followed_by = _deal(
+        costs, batch * num_kv_heads, heads_at_a_time, tile.persistent, q
+    )
     dq_shape = [dq_sum.numel() // _DQ_BOX[1], _DQ_BOX[1]]
     arguments = {
         "q": _describe(q, GROUP_ROWS),
@@ -172,14 +186,14 @@ def plan_hopper_backward(
         ),
         "dk": _describe(dk, GROUP_ROWS),
         "dv": _describe(dv, GROUP_ROWS),
+        "following_ptr": followed_by,
         "num_heads": q.shape[1],
         "num_kv_heads": num_kv_heads,
         "num_batch_kv_heads": batch * num_kv_heads,
-        "num_queries_padded": delta.shape[2],
+        "num_queries_padded": num_rows,
         "num_keys": num_keys,
         "num_tiles": num_tiles,
-        "section": section(q, 1),
-        "paired": paired,
+        "section": heads_at_a_time,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
         "GROUP": group,
@@ -195,6 +209,7 @@ def plan_hopper_backward(
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
+        constants=("following_ptr",),
     )
 
 

@@ -42,6 +42,8 @@ class Launch:
     num_programs: int
     arguments: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
+    """Names of tensors that are the same for all inputs of these shapes."""
 
     def run(self) -> Any:
         """Queue the kernel; return it compiled, or None in Triton's interpreter."""

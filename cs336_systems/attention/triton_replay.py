@@ -96,9 +96,12 @@ class _Step(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Any, launch: Launch, places: Mapping[int, int]) -> _Step:
-        arguments = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
+        names = [parameter.name for parameter in launch.kernel.params]
+        arguments = [launch.arguments[name] for name in names]
         tensors, descriptors = [], []
         for index, value in enumerate(arguments):
+            if names[index] in launch.constants:
+                continue
             if hasattr(value, "block_shape"):  # a descriptor, Triton's or Gluon's
                 descriptors.append((index, places[id(value.base)]))
                 arguments[index] = _without_base(value)
