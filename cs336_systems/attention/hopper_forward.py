@@ -71,13 +71,6 @@ def produce(
         kv_head = head // GROUP
         row0 = tile * (NUM_GROUPS * ROWS)
         num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
-        for group in gl.static_range(NUM_GROUPS):
-            mbarrier.wait(q_empty.index(group), done & 1 ^ 1)
-            mbarrier.expect(q_full.index(group), q.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
-                q_slots.index(group),
-            )  # fmt: skip
         for turn in range(num):
             slot, parity = (ring + turn) % STAGES, ((ring + turn) // STAGES) & 1 ^ 1
             key0 = (num - 1 - turn) * BLOCK_N
@@ -86,6 +79,14 @@ def produce(
             tma.async_copy_global_to_shared(
                 k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
             )
+            if turn == 0:
+                for group in gl.static_range(NUM_GROUPS):
+                    mbarrier.wait(q_empty.index(group), done & 1 ^ 1)
+                    mbarrier.expect(q_full.index(group), q.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
+                        q_slots.index(group),
+                    )  # fmt: skip
             mbarrier.wait(v_empty.index(slot), parity)
             mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
             tma.async_copy_global_to_shared(
