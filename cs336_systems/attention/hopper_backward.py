@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
+from cs336_systems.attention.hopper_common import ROWS, item_at, meet, release, sums_layout
 
 KEYS = gl.constexpr(128)
 
@@ -74,16 +74,13 @@ def produce(
     GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
     kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-    following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
-    num_queries_padded,
+    items_ptr, num_heads, num_queries_padded,
 ):  # fmt: skip
     """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
     done, ring = 0, 0  # items and turns
-    item = gl.program_id(0)
-    while item >= 0:
-        following = gl.load(following_ptr + item)
-        tile, batch_head = locate(item, num_tiles, num_batch_kv_heads, section)
-        batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
+    while tile >= 0:
+        next_tile, next_batch, next_head, after_next = item_at(items_ptr, following)
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
@@ -119,7 +116,7 @@ def produce(
             )
         done += 1
         ring += GROUP * per_head
-        item = following
+        tile, batch, kv_head, following = next_tile, next_batch, next_head, after_next
 
 
 @gluon.jit
@@ -227,8 +224,7 @@ def consume(
     HEAD_DIM: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots,
     dq_slots, out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-    following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
-    num_queries_padded, num_keys, qk_scale, scale,
+    items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys of every item, and this group's share of dQ."""
     dtype: gl.constexpr = q_slots.dtype
@@ -240,11 +236,9 @@ def consume(
     V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
     stage = out_slots.index(WHICH)
     done, ring = 0, 0
-    item = gl.program_id(0)
-    while item >= 0:
-        following = gl.load(following_ptr + item)
-        tile, batch_head = locate(item, num_tiles, num_batch_kv_heads, section)
-        batch, kv_head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
+    while tile >= 0:
+        next_tile, next_batch, next_head, after_next = item_at(items_ptr, following)
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
@@ -271,21 +265,17 @@ def consume(
         store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
         done += 1
         ring += GROUP * per_head
-        item = following
+        tile, batch, kv_head, following = next_tile, next_batch, next_head, after_next
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "section"])
+@gluon.jit
 def backward_kernel(
     q, k, v, do, lse2, delta, dq, dk, dv,
-    following_ptr,
+    items_ptr,
     num_heads,
-    num_kv_heads,
-    num_batch_kv_heads,
     num_queries_padded,
     num_keys,
-    num_tiles,
-    section,
     qk_scale,
     scale,
     GROUP: gl.constexpr,
@@ -327,14 +317,12 @@ def backward_kernel(
     shared = (
         dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots, dq_slots,
         out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-        following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
-        num_queries_padded, num_keys, qk_scale, scale,
+        items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
     )  # fmt: skip
     fetched = (
         q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
         kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
-        following_ptr, num_heads, num_kv_heads, num_batch_kv_heads, num_tiles, section,
-        num_queries_padded,
+        items_ptr, num_heads, num_queries_padded,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     gl.warp_specialize(

@@ -27,15 +27,10 @@ def sums_layout(columns):
 
 
 @gluon.jit
-def locate(item, num_tiles, num_batch_heads, section):
-    """Return (rank, batch and head) of an item, as the portable kernels' `locate`.
-
-    A head's tiles are ranked by what they cost, longest first.
-    """
-    first = item // (num_tiles * section) * section
-    num_heads = gl.minimum(section, num_batch_heads - first)
-    rest = item - first * num_tiles
-    return rest // num_heads, first + rest % num_heads
+def item_at(items_ptr, row):
+    """Return (tile, batch, head, the row that follows) of a row of `hopper_schedule.schedule`."""
+    at = items_ptr + row * 4
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
 
 
 @gluon.jit

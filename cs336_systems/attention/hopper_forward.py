@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, locate, meet, release, sums_layout
+from cs336_systems.attention.hopper_common import ROWS, item_at, meet, release, sums_layout
 
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -46,28 +46,17 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 
 
 @gluon.jit
-def place_of(item, num_tiles, num_batch_heads, section, CAUSAL: gl.constexpr):
-    """Return the (tile, batch and head) of an item."""
-    tile, batch_head = locate(item, num_tiles, num_batch_heads, section)
-    if CAUSAL:  # The last queries see the most keys.
-        tile = num_tiles - 1 - tile
-    return tile, batch_head
-
-
-@gluon.jit
 def produce(
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
     q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    following_ptr, num_heads, num_batch_heads, num_tiles, section, num_keys,
+    items_ptr, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
     done, ring = 0, 0  # items, and tiles of keys
-    item = gl.program_id(0)
-    while item >= 0:
-        following = gl.load(following_ptr + item)
-        tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
-        batch, head = batch_head // num_heads, batch_head % num_heads
+    tile, batch, head, following = item_at(items_ptr, gl.program_id(0))
+    while tile >= 0:
+        next_tile, next_batch, next_head, after_next = item_at(items_ptr, following)
         kv_head = head // GROUP
         row0 = tile * (NUM_GROUPS * ROWS)
         num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
@@ -94,7 +83,7 @@ def produce(
             )
         done += 1
         ring += num
-        item = following
+        tile, batch, head, following = next_tile, next_batch, next_head, after_next
 
 
 @gluon.jit
@@ -116,7 +105,7 @@ def attend(
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, batch, head, batch_head, tile, done, ring, num, num_queries, num_keys, qk_scale,
+    v_empty, batch, head, num_heads, tile, done, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend with the 64 queries of warpgroup WHICH in one item, of `num` tiles of keys."""
     dtype: gl.constexpr = o.dtype
@@ -206,7 +195,7 @@ def attend(
     if row0 < num_queries:
         tma.async_copy_shared_to_global(o, [batch, head, row0, 0], o_slots.index(WHICH))
         rows = row0 + gl.arange(0, ROWS, S_ROWS)
-        lse_rows = lse_ptr + batch_head.to(gl.int64) * num_queries
+        lse_rows = lse_ptr + (batch * num_heads + head).to(gl.int64) * num_queries
         gl.store(lse_rows + rows, lse, mask=rows < num_queries)
 
 
@@ -216,45 +205,39 @@ def consume(
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, following_ptr, num_heads, num_batch_heads, num_tiles, section, num_queries, num_keys,
-    qk_scale,
+    v_empty, items_ptr, num_heads, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend in all items of this program with warpgroup WHICH."""
     if PING_PONG and WHICH == NUM_GROUPS - 1:
         meet(0, False)
     done, ring = 0, 0
-    item = gl.program_id(0)
-    while item >= 0:
-        following = gl.load(following_ptr + item)
-        tile, batch_head = place_of(item, num_tiles, num_batch_heads, section, CAUSAL)
-        batch, head = batch_head // num_heads, batch_head % num_heads
+    tile, batch, head, following = item_at(items_ptr, gl.program_id(0))
+    while tile >= 0:
+        next_tile, next_batch, next_head, after_next = item_at(items_ptr, following)
         num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
         attend(
             WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
             o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
-            v_full, v_empty, batch, head, batch_head, tile, done, ring, num, num_queries,
+            v_full, v_empty, batch, head, num_heads, tile, done, ring, num, num_queries,
             num_keys, qk_scale,
         )  # fmt: skip
         done += 1
         ring += num
-        item = following
+        tile, batch, head, following = next_tile, next_batch, next_head, after_next
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "section"])
+@gluon.jit
 def forward_kernel(
     q,
     k,
     v,
     o,
     lse_ptr,
-    following_ptr,
+    items_ptr,
     num_heads,
-    num_batch_heads,
     num_queries,
     num_keys,
-    num_tiles,
-    section,
     qk_scale,
     GROUP: gl.constexpr,
     NUM_GROUPS: gl.constexpr,
@@ -288,12 +271,11 @@ def forward_kernel(
     fence_async_shared()
     shared = (
         o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-        v_empty, following_ptr, num_heads, num_batch_heads, num_tiles, section, num_queries,
-        num_keys, qk_scale,
+        v_empty, items_ptr, num_heads, num_queries, num_keys, qk_scale,
     )  # fmt: skip
     fetched = (
         q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        following_ptr, num_heads, num_batch_heads, num_tiles, section, num_keys,
+        items_ptr, num_keys,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     if NUM_GROUPS == 2:

@@ -20,8 +20,8 @@ from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
-from cs336_systems.attention.hopper_schedule import following
-from cs336_systems.attention.triton_launch import Launch, fits_tma, section
+from cs336_systems.attention.hopper_schedule import Work, schedule
+from cs336_systems.attention.triton_launch import Launch, fits_tma
 
 GROUP_ROWS = ROWS.value
 KEYS = _KEYS.value
@@ -90,14 +90,13 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _deal(
-    costs: tuple[int, ...], num_heads: int, heads_at_a_time: int, persistent: bool, like: Tensor
+def _schedule(
+    work: Work, tile: ForwardTile | BackwardTile, device: torch.device
 ) -> tuple[int, Tensor]:
-    """Return how many programs there are, and what each item is followed by."""
-    num_items = len(costs) * num_heads
-    most = num_multiprocessors(like.device) if persistent else num_items
-    num_programs = min(num_items, most)
-    return num_programs, following(costs, num_heads, heads_at_a_time, num_programs, like.device)
+    """Return how many programs there are, and their items."""
+    at_once = num_multiprocessors(device)
+    num_programs = min(work.num_items, at_once) if tile.persistent else work.num_items
+    return num_programs, schedule(work, num_programs, at_once, device)
 
 
 def loadable(tensor: Tensor) -> Tensor:
@@ -117,30 +116,31 @@ def plan_hopper_forward(
     tile = tile or FORWARD[head_dim, causal]
     rows = tile.num_groups * GROUP_ROWS
     num_tiles = triton.cdiv(num_queries, rows)
-    group = num_heads // k.shape[1]
-    stops = range(num_tiles * rows, 0, -rows)  # by rank: the last queries first
-    costs = tuple(min(stop, k.shape[2]) if causal else k.shape[2] for stop in stops)
-    heads_at_a_time = section(k, group)
-    num_programs, followed_by = _deal(costs, batch * num_heads, heads_at_a_time, tile.persistent, q)
+    num_keys, group = k.shape[2], num_heads // k.shape[1]
+    stops = ((at + 1) * rows if causal else num_keys for at in range(num_tiles))
+    work = Work(
+        batch=batch,
+        num_heads=num_heads,
+        together=group,
+        costs=tuple(min(stop, num_keys) for stop in stops),
+    )
+    num_programs, items = _schedule(work, tile, q.device)
     arguments = {
         "q": _describe(q, GROUP_ROWS),
         "k": _describe(k, tile.block_n),
         "v": _describe(v, tile.block_n),
         "o": _describe(o, GROUP_ROWS),
         "lse_ptr": lse,
-        "following_ptr": followed_by,
+        "items_ptr": items,
         "num_heads": num_heads,
-        "num_batch_heads": batch * num_heads,
         "num_queries": num_queries,
-        "num_keys": k.shape[2],
-        "num_tiles": num_tiles,
-        "section": heads_at_a_time,
+        "num_keys": num_keys,
         "qk_scale": scale * math.log2(math.e),
         "GROUP": group,
         "NUM_GROUPS": tile.num_groups,
         "STAGES": tile.num_stages,
         "CAUSAL": causal,
-        "KEY_TAIL": k.shape[2] % tile.block_n != 0,
+        "KEY_TAIL": num_keys % tile.block_n != 0,
         "PING_PONG": tile.ping_pong,
     }
     return Launch(
@@ -148,7 +148,7 @@ def plan_hopper_forward(
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
-        constants=("following_ptr",),
+        constants=("items_ptr",),
     )
 
 
@@ -167,12 +167,14 @@ def plan_hopper_backward(
     num_tiles = triton.cdiv(num_keys, KEYS)
     group = q.shape[1] // num_kv_heads
     num_rows = delta.shape[2]
-    starts = (min(tile * KEYS, num_rows - KEYS) if causal else 0 for tile in range(num_tiles))
-    costs = tuple(group * (num_rows - start) for start in starts)
-    heads_at_a_time = section(q, 1)
-    num_programs, followed_by = _deal(
-        costs, batch * num_kv_heads, heads_at_a_time, tile.persistent, q
+    starts = (min(at * KEYS, num_rows - KEYS) if causal else 0 for at in range(num_tiles))
+    work = Work(
+        batch=batch,
+        num_heads=num_kv_heads,
+        together=1,
+        costs=tuple(group * (num_rows - start) for start in starts),
     )
+    num_programs, items = _schedule(work, tile, q.device)
     dq_shape = [dq_sum.numel() // _DQ_BOX[1], _DQ_BOX[1]]
     arguments = {
         "q": _describe(q, GROUP_ROWS),
@@ -186,14 +188,10 @@ def plan_hopper_backward(
         ),
         "dk": _describe(dk, GROUP_ROWS),
         "dv": _describe(dv, GROUP_ROWS),
-        "following_ptr": followed_by,
+        "items_ptr": items,
         "num_heads": q.shape[1],
-        "num_kv_heads": num_kv_heads,
-        "num_batch_kv_heads": batch * num_kv_heads,
         "num_queries_padded": num_rows,
         "num_keys": num_keys,
-        "num_tiles": num_tiles,
-        "section": heads_at_a_time,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
         "GROUP": group,
@@ -209,7 +207,7 @@ def plan_hopper_backward(
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
-        constants=("following_ptr",),
+        constants=("items_ptr",),
     )
 
 

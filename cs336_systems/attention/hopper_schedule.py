@@ -11,47 +11,74 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 START = 64
 """What an item costs at its beginning and end, in rows."""
+HEADS_AT_A_TIME = 2
+"""Of those that read other memory: a few, so that what programs read at a time stays in L2."""
+LAST_WAVES = 2
+"""How many items a program the last heads have together, long ones first, to end at one time."""
 
 
-def items(num_ranks: int, num_heads: int, section: int) -> Iterator[int]:
-    """Yield the rank of each item in order: of `section` heads all tiles of a rank, then the next.
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What there is to do: every head has the same items, one for each tile."""
 
-    `hopper_common.locate` is the inverse, on the device.
-    """
-    for first in range(0, num_heads, section):
-        for rank in range(num_ranks):
-            for _ in range(min(section, num_heads - first)):
-                yield rank
+    batch: int
+    num_heads: int
+    """Of a sequence."""
+    together: int
+    """How many heads after each other read the same memory."""
+    costs: tuple[int, ...]
+    """Of a head's items: how many rows of keys or queries each goes through."""
+
+    @property
+    def num_items(self) -> int:
+        return self.batch * self.num_heads * len(self.costs)
 
 
 @functools.cache
-def following(
-    costs: tuple[int, ...], num_heads: int, section: int, num_programs: int, device: torch.device
-) -> Tensor:
-    """Return for each item (int32) the one that its program does next, or -1.
+def schedule(work: Work, num_programs: int, at_once: int, device: torch.device) -> Tensor:
+    """Return all items, int32 rows (tile, batch, head, the row that its program does next).
 
-    Item i < num_programs is program i's first; each of the rest goes to the program that is done
-    first. Kept for good, since kernels that were recorded may read it at any time: 4 bytes an item.
+    Row i is program i's first; each of the rest goes to the program that is done first. After a
+    program's last item comes the last row, whose tile is -1.
 
-    costs: of a head's items by rank, longest first: rows of keys or queries to go through.
-    num_heads: of all sequences together.
-    section: how many heads are worked on at a time.
+    at_once: how many programs run at a time.
+
+    Kept for good, since recorded launches may read it at any time: 16 bytes an item.
     """
-    last = list(range(num_programs))
-    free = [(0, program) for program in last]
-    after: list[int] = []
-    for item, rank in enumerate(items(len(costs), num_heads, section)):
+    rows: list[list[int]] = []
+    last = [-1] * num_programs
+    free = [(0, program) for program in range(num_programs)]
+    for row, (tile, head) in enumerate(_in_order(work, at_once)):
         time, program = free[0]
-        heapq.heapreplace(free, (time + costs[rank] + START, program))
-        after.append(-1)
-        if item >= num_programs:
-            after[last[program]] = item
-            last[program] = item
-    return torch.tensor(after, dtype=torch.int32).to(device)
+        heapq.heapreplace(free, (time + work.costs[tile] + START, program))
+        if last[program] >= 0:
+            rows[last[program]][3] = row
+        last[program] = row
+        rows.append([tile, head // work.num_heads, head % work.num_heads, work.num_items])
+    rows.append([-1, 0, 0, work.num_items])
+    return torch.tensor(rows, dtype=torch.int32).to(device)
+
+
+def _in_order(work: Work, at_once: int) -> Iterator[tuple[int, int]]:
+    """Yield (tile, head of all sequences): a few heads after each other, of each few the longest
+    items first."""
+    tiles = sorted(range(len(work.costs)), key=lambda tile: -work.costs[tile])
+    num_heads = work.batch * work.num_heads
+    at_a_time = work.together * HEADS_AT_A_TIME
+    is_even = len(set(work.costs)) == 1
+    at_last = 0 if is_even else math.ceil(LAST_WAVES * at_once / len(tiles))
+    firsts = [*range(0, max(num_heads - at_last, 1), at_a_time), num_heads]
+    for first, stop in itertools.pairwise(firsts):
+        for tile in tiles:
+            for head in range(first, stop):
+                yield tile, head
