@@ -21,8 +21,6 @@ from torch import Tensor
 
 START = 64
 """What an item costs at its beginning and end, in rows."""
-HEADS_AT_A_TIME = 2
-"""Of those that read other memory: a few, so that what programs read at a time stays in L2."""
 LAST_WAVES = 2
 """How many items a program the last heads have together, long ones first, to end at one time."""
 
@@ -70,14 +68,16 @@ def schedule(work: Work, num_programs: int, at_once: int, device: torch.device) 
 
 
 def _in_order(work: Work, at_once: int) -> Iterator[tuple[int, int]]:
-    """Yield (tile, head of all sequences): a few heads after each other, of each few the longest
-    items first."""
+    """Yield (tile, head of all sequences).
+
+    Heads that read the same memory come after those before them, so that what programs read at a
+    time is little and stays in L2; of the last ones all items are in order, longest first.
+    """
     tiles = sorted(range(len(work.costs)), key=lambda tile: -work.costs[tile])
     num_heads = work.batch * work.num_heads
-    at_a_time = work.together * HEADS_AT_A_TIME
     is_even = len(set(work.costs)) == 1
     at_last = 0 if is_even else math.ceil(LAST_WAVES * at_once / len(tiles))
-    firsts = [*range(0, max(num_heads - at_last, 1), at_a_time), num_heads]
+    firsts = [*range(0, max(num_heads - at_last, 1), work.together), num_heads]
     for first, stop in itertools.pairwise(firsts):
         for tile in tiles:
             for head in range(first, stop):
