@@ -80,7 +80,6 @@ def produce(
     done, ring = 0, 0  # items and turns
     tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
     while tile >= 0:
-        next_tile, next_batch, next_head, after_next = item_at(items_ptr, following)
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
@@ -116,7 +115,7 @@ def produce(
             )
         done += 1
         ring += GROUP * per_head
-        tile, batch, kv_head, following = next_tile, next_batch, next_head, after_next
+        tile, batch, kv_head, following = item_at(items_ptr, following)
 
 
 @gluon.jit
@@ -238,7 +237,6 @@ def consume(
     done, ring = 0, 0
     tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
     while tile >= 0:
-        next_tile, next_batch, next_head, after_next = item_at(items_ptr, following)
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
@@ -260,12 +258,13 @@ def consume(
                     half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
                 )  # fmt: skip
         release(kv_empty.index(0))
+        next_tile, next_batch, next_head, following = item_at(items_ptr, following)
         key = key0 + WHICH * ROWS
         store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
         store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
         done += 1
         ring += GROUP * per_head
-        tile, batch, kv_head, following = next_tile, next_batch, next_head, after_next
+        tile, batch, kv_head = next_tile, next_batch, next_head
     tma.store_wait(0)
 
 
