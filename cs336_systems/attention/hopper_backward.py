@@ -235,7 +235,8 @@ def consume(
     V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
     stage = out_slots.index(WHICH)
     done, ring = 0, 0
-    tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
+    item = gl.program_id(0)
+    tile, batch, kv_head, _ = item_at(items_ptr, item)
     while tile >= 0:
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
@@ -258,8 +259,10 @@ def consume(
                     half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
                 )  # fmt: skip
         release(kv_empty.index(0))
-        next_tile, next_batch, next_head, following = item_at(items_ptr, following)
-        key = key0 + WHICH * ROWS
+        # Looked up again: the loop has no registers for it.
+        tile, batch, kv_head, item = item_at(items_ptr, item)
+        next_tile, next_batch, next_head, _ = item_at(items_ptr, item)
+        key = tile * KEYS + WHICH * ROWS
         store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
         store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
         done += 1

@@ -104,11 +104,10 @@ def attend(
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, items_ptr, following, batch, head, num_heads, tile, done, ring, num, num_queries,
-    num_keys, qk_scale,
+    v_empty, items_ptr, item, num_heads, tile, done, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend with the 64 queries of warpgroup WHICH in one item, of `num` tiles of keys; return
-    the item that follows."""
+    the row and the tile of the item that follows."""
     dtype: gl.constexpr = o.dtype
     S_LAYOUT: gl.constexpr = sums_layout(BLOCK_N)
     O_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
@@ -184,7 +183,10 @@ def attend(
     mbarrier.wait(v_full.index(slot), (last_at // STAGES) & 1)
     V = v_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
     acc = warpgroup_mma(P_half, V, acc, is_async=True)
-    next_item = item_at(items_ptr, following)  # where registers are free and there is time
+    # Looked up here, where registers are free and there is time.
+    tile, batch, head, item = item_at(items_ptr, item)
+    next_tile = gl.load(items_ptr + item * 4)
+    row0 = tile * (NUM_GROUPS * ROWS) + WHICH * ROWS
     total = gl.convert_layout(gl.sum(l_i, 1), S_ROWS)
     lse = (m_i + gl.log2(total)) * LN_2
     tma.store_wait(0)  # of the item before
@@ -199,7 +201,7 @@ def attend(
         rows = row0 + gl.arange(0, ROWS, S_ROWS)
         lse_rows = lse_ptr + (batch * num_heads + head).to(gl.int64) * num_queries
         gl.store(lse_rows + rows, lse, mask=rows < num_queries)
-    return next_item
+    return item, next_tile
 
 
 @gluon.jit
@@ -214,14 +216,15 @@ def consume(
     if PING_PONG and WHICH == NUM_GROUPS - 1:
         meet(0, False)
     done, ring = 0, 0
-    tile, batch, head, following = item_at(items_ptr, gl.program_id(0))
+    item = gl.program_id(0)
+    tile = gl.load(items_ptr + item * 4)
     while tile >= 0:
         num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
-        tile, batch, head, following = attend(
+        item, tile = attend(
             WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
             o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
-            v_full, v_empty, items_ptr, following, batch, head, num_heads, tile, done, ring, num,
-            num_queries, num_keys, qk_scale,
+            v_full, v_empty, items_ptr, item, num_heads, tile, done, ring, num, num_queries,
+            num_keys, qk_scale,
         )  # fmt: skip
         done += 1
         ring += num
