@@ -27,8 +27,12 @@ CALLS_PER_ROUND = 50
 Sweep = Callable[[Selection], tuple[str, list[Any]]]
 
 
-def _sweep(study: str, *passes: str) -> Sweep:
-    """Return a sweep of a study's grid, the passes of one shape after one another."""
+def _sweep(study: str, *passes: str, in_turns: bool = False) -> Sweep:
+    """Return a sweep of a study's grid, the passes of one shape after one another.
+
+    in_turns: rows take turns at every shape and pass, so that the GPU is as warm for one as for
+    the other.
+    """
 
     def sweep(chosen: Selection) -> tuple[str, list[Any]]:
         grids = [chosen.flash[study]] if study in chosen.flash else []
@@ -41,6 +45,9 @@ def _sweep(study: str, *passes: str) -> Sweep:
             for which in passes
             if which in chosen.passes
         ]
+        if in_turns:
+            places = list(dict.fromkeys(point[1:] for point in points))
+            points.sort(key=lambda point: places.index(point[1:]))
         return "point", [pytest.param(point, id=str(point)) for point in points]
 
     return sweep
@@ -48,7 +55,7 @@ def _sweep(study: str, *passes: str) -> Sweep:
 
 SWEEPS = {
     "bench_flash_sweep": _sweep("flash_sweep", *PASSES),
-    "bench_attention_shapes": _sweep("attention_shapes", "forward", "backward"),
+    "bench_attention_shapes": _sweep("attention_shapes", "forward", "backward", in_turns=True),
     "bench_attention_host_bound": _sweep("attention_host_bound", "forward", "forward_backward"),
     "bench_attention_fp32": _sweep("attention_fp32", "forward", "forward_backward"),
     "bench_attention_error": _sweep("attention_error", "forward"),

@@ -23,8 +23,10 @@ from cs336_systems.attention.triton_backward import (
 )
 from cs336_systems.attention.triton_forward import forward_kernel
 
-L2_BYTES = 32 * 2**20
-"""What a section of heads may read again and again; a little less than recent GPUs' L2."""
+SECTION_BYTES = 4 * 2**20
+"""What a section of heads may read again and again: a small part of recent GPUs' L2, through which
+gradients and outputs pass as well."""
+_LEAST_SECTION = 2
 _ROW_TILE_ELEMENTS = 64 * 128
 ALIGNMENT = 16
 """Bytes: what kernels are compiled to know, or not, of an address."""
@@ -283,9 +285,9 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def section(shared: Tensor, group: int) -> int:
-    """Return how many heads work on tiles together: those whose two shared tensors fit in L2."""
+    """Return how many heads work on tiles together: those whose two shared tensors stay in L2."""
     head_bytes = 2 * shared.shape[2] * shared.shape[3] * shared.element_size()
-    return group * max(1, L2_BYTES // max(1, head_bytes))
+    return group * max(_LEAST_SECTION, SECTION_BYTES // max(1, head_bytes))
 
 
 def _wide(tile: Tile, *tensors: Tensor) -> bool:
