@@ -169,6 +169,28 @@ def test_gpu_clock_and_flushed_cache_are_the_hosts_on_a_cpu() -> None:
     assert (record.case.clock, record.case.cache) == ("wall_ms", "warm")
 
 
+@pytest.mark.gpu
+def test_with_a_cold_cache_the_device_is_busy_while_the_host_launches() -> None:
+    times = []
+
+    def read(clock: Callable[[], float], step: Callable, setup: Callable, rounds: int) -> None:  # type: ignore[type-arg]
+        for _ in range(rounds):
+            setup()
+            start = clock()
+            step()
+            times.append(clock() - start)
+
+    one = torch.zeros(1, device="cuda")
+
+    def step() -> None:
+        time.sleep(2e-4)
+        one.add_(1)
+
+    case = replace(CASE, clock="gpu_ms", cache="cold")
+    Harness(Settings(device=one.device)).run(case, lambda: Workload(step=step), read)
+    assert sorted(times)[len(times) // 2] < 1e-4
+
+
 def test_record_is_flat_json() -> None:
     record = Record(case=CASE, device="cpu", metrics={"peak_bytes": None})
     data = record.to_json()

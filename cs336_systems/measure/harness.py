@@ -29,6 +29,9 @@ from cs336_systems.measure.memory import gib, is_out_of_memory, peak_bytes, rele
 from cs336_systems.measure.record import Case, Record
 from cs336_systems.measure.workload import NotMeasured, Workload
 
+_HEAD_START_CYCLES = 1_000_000
+"""Of the device's clock, half a millisecond: more than a forward and a backward pass of autograd
+take to launch."""
 Clock = Callable[[], float]
 Timer = Callable[..., None]
 """`timer(clock, step, setup, rounds)`: calls `clock` before and after each of `rounds` calls of
@@ -168,13 +171,16 @@ class Harness:
         return setup
 
     def _flush_cache(self) -> None:
-        """Overwrite the device's L2 cache; the write also keeps the device busy while the host
-        launches."""
+        """Overwrite the device's L2 cache, then keep the device busy while the host launches.
+
+        Of a call that is shorter than its launches, launching would be measured otherwise.
+        """
         if self._flush is None:
             l2_bytes = torch.cuda.get_device_properties(self.settings.device).L2_cache_size
             size = max(256 * 2**20, 4 * l2_bytes)
             self._flush = torch.empty(size, dtype=torch.uint8, device=self.settings.device)
         self._flush.zero_()
+        torch.cuda._sleep(_HEAD_START_CYCLES)
 
     def _out_of_memory(self, case: Case, error: Exception) -> Record:
         wanted = requested_bytes(error)
