@@ -31,6 +31,7 @@ class FakeLaunch:
     """A launch whose kernel fills results by a function of all its arguments."""
 
     num_programs = 3
+    constants = ("table",)
 
     def __init__(self, arguments: dict[str, Any], fill: Callable[..., None]) -> None:
         self.arguments, self._fill = arguments, fill
@@ -46,12 +47,20 @@ class FakeLaunch:
 
 
 def test_other_tensors_take_the_places_of_those_planned_with() -> None:
-    def fill(source: Described, number: int, scratch: Tensor, result: Tensor) -> None:
+    def fill(
+        source: Described, number: int, table: Tensor, scratch: Tensor, result: Tensor
+    ) -> None:
         scratch.copy_(source.base * number)
-        result.copy_(scratch + 1)
+        result.copy_(scratch + table)
 
     x, scratch, result = torch.ones(2, 3), torch.empty(2, 3), torch.empty(3, 2).t()
-    arguments = {"source": Described(x), "number": 5, "scratch": scratch, "result": result}
+    arguments = {
+        "source": Described(x),
+        "number": 5,
+        "table": torch.ones(1),  # the same for all inputs, so neither an input nor a result
+        "scratch": scratch,
+        "result": result,
+    }
     replay = Plan(
         [FakeLaunch(arguments, fill)], {"x": x}, {"result": result, "scratch": scratch}
     ).run([])  # type: ignore[list-item]
