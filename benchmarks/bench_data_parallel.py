@@ -1,5 +1,5 @@
-"""Training steps of every data-parallel strategy, and of buckets of several sizes: gloo on the CPU,
-NCCL on GPUs."""
+"""Training steps of every data-parallel strategy, of buckets of several sizes, and on more and more
+ranks: gloo on the CPU, NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from cases import Selection
 from data_parallel_cases import ATTENTION, TrainingCase
 from data_parallel_ranks import LinkTimes, TrainingResult, link_times, train_rounds
-from data_parallel_rows import bucket_prediction, counts, lanes, metrics
+from data_parallel_rows import bucket_prediction, communication_prediction, counts, lanes, metrics
 from rank_slot import RankSlot
 from token_batches import TokenFiles
 
@@ -20,7 +20,7 @@ from cs336_systems.measure.ranks import slowest
 from cs336_systems.measure.workload import NotMeasured, Workload
 from cs336_systems.parallel.launch import RankFailedError, RankPool
 
-Further = Callable[[RankPool, TrainingCase], Mapping[str, float | None]]
+Further = Callable[[RankPool, TrainingCase, Sequence[TrainingResult]], Mapping[str, float | None]]
 
 _SETTING = "strategy, size, context, batch, ranks, precision, communication"
 _NUM_VALUES = _SETTING.count(",") + 1
@@ -38,7 +38,17 @@ def sweep_buckets(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
     return f"{_SETTING}, bucket_mb", [tuple(case)[: _NUM_VALUES + 1] for case in cases]
 
 
-SWEEPS = {"bench_data_parallel": sweep, "bench_data_parallel_buckets": sweep_buckets}
+def sweep_scaling(chosen: Selection) -> tuple[str, list[tuple[Any, ...]]]:
+    """Every strategy on every number of ranks, weak and strong, and one rank alone."""
+    cases = [] if chosen.trainings is None else chosen.trainings.scaling_cases()
+    return f"scaling, {_SETTING}", [(case.scaling, *case[:_NUM_VALUES]) for case in cases]
+
+
+SWEEPS = {
+    "bench_data_parallel": sweep,
+    "bench_data_parallel_buckets": sweep_buckets,
+    "bench_scaling": sweep_scaling,
+}
 
 
 def bench_data_parallel(
@@ -76,13 +86,33 @@ def bench_data_parallel_buckets(
     _bench("data_parallel_buckets", case, gpu_benchmark, chosen, rank_slot, _predicted)
 
 
+def bench_scaling(
+    gpu_benchmark: GpuBenchmark,
+    chosen: Selection,
+    rank_slot: RankSlot,
+    scaling: str,
+    strategy: str,
+    size: str,
+    context: int,
+    batch: int,
+    ranks: int,
+    precision: str,
+    communication: str,
+) -> None:
+    """Time training steps on some of the ranks, beside what the links need for what is sent."""
+    case = TrainingCase(
+        strategy, size, context, batch, ranks, precision, communication, scaling=scaling
+    )
+    _bench("scaling", case, gpu_benchmark, chosen, rank_slot, _sent)
+
+
 def _bench(
     study: str,
     case: TrainingCase,
     gpu_benchmark: GpuBenchmark,
     chosen: Selection,
     rank_slot: RankSlot,
-    further: Further = lambda _, __: {},
+    further: Further = lambda *_: {},
 ) -> None:
     assert chosen.trainings is not None
     profiled = chosen.trainings.profiled
@@ -101,7 +131,7 @@ def _bench(
             max_seconds=settings.max_seconds,
             profiled=profiled,
         )
-        return replayed(case, results, further(pool, case), profiled=profiled)
+        return replayed(case, results, further(pool, case, results), profiled=profiled)
 
     gpu_benchmark(record, build=build)
 
@@ -149,9 +179,25 @@ def replayed(
 _links: dict[tuple[int, str], list[LinkTimes]] = {}
 
 
-def _predicted(pool: RankPool, case: TrainingCase) -> dict[str, float | None]:
-    """Return the model's numbers, from all-reduces timed once for each number of ranks."""
+def _predicted(
+    pool: RankPool, case: TrainingCase, _: Sequence[TrainingResult]
+) -> dict[str, float | None]:
+    """Return the numbers of the model of buckets."""
+    return bucket_prediction(case, _links_of(pool))
+
+
+def _sent(
+    pool: RankPool, case: TrainingCase, results: Sequence[TrainingResult]
+) -> dict[str, float | None]:
+    """Return how long the links need; one rank has none."""
+    if case.ranks == 1:
+        return {}
+    return communication_prediction(case, results, _links_of(pool))
+
+
+def _links_of(pool: RankPool) -> list[LinkTimes]:
+    """Return all-reduces timed once for each number of ranks."""
     key = (pool.world_size, pool.backend)
     if key not in _links:
         _links[key] = pool.run(link_times)
-    return bucket_prediction(case, _links[key])
+    return _links[key]

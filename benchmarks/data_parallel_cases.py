@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -27,6 +27,9 @@ STEPS_PER_ROUND = {"cuda": 5, "cpu": 1}
 ATTENTION = "sdpa"
 BASELINE = "none"
 BUCKETED = ("flashddp", "torch_ddp")
+SCALINGS = ("weak", "strong")
+"""Weak: every rank keeps its batch. Strong: ranks divide the batch of one."""
+SCALED = (BASELINE, "flashddp", "torch_ddp", "zero1", "torch_zero", "fsdp", "torch_fsdp2")
 _COUNTERPARTS = {"torch_ddp": "flashddp", "torch_zero": "zero1", "torch_fsdp2": "fsdp"}
 
 Option = Callable[[str], Any]
@@ -45,6 +48,7 @@ class TrainingCase(NamedTuple):
     bucket_mb: int | None = None
     attention: str | None = None
     """None: `ATTENTION`, in a study that has it everywhere."""
+    scaling: str | None = None
 
     @property
     def training(self) -> Training:
@@ -117,6 +121,7 @@ class Trainings:
     precisions: tuple[str, ...]
     communications: tuple[str, ...]
     bucket_mb: tuple[int, ...]
+    scalings: tuple[str, ...] = SCALINGS
     profiled: bool = True
 
     def _settings(self) -> Iterator[dict[str, Any]]:
@@ -124,16 +129,15 @@ class Trainings:
         for ranks in self.ranks:
             for size in self.sizes:
                 for context, batch in product(self.contexts, self.batches):
-                    for precision in self.precisions:
-                        for communication in self.communications:
-                            yield {
-                                "size": size,
-                                "context": context,
-                                "batch": batch,
-                                "ranks": ranks,
-                                "precision": precision,
-                                "communication": communication,
-                            }
+                    for precision, communication in product(self.precisions, self.communications):
+                        yield {
+                            "size": size,
+                            "context": context,
+                            "batch": batch,
+                            "ranks": ranks,
+                            "precision": precision,
+                            "communication": communication,
+                        }
 
     def cases(self) -> list[TrainingCase]:
         """Return every strategy in every setting."""
@@ -159,6 +163,24 @@ class Trainings:
             )
         ]
 
+    def scaling_cases(self) -> list[TrainingCase]:
+        """Return weak and strong scaling of the largest batch, from one rank alone on.
+
+        Strong scaling leaves out numbers of ranks that do not divide the batch.
+        """
+        batch = max(self.batches)
+        return [
+            TrainingCase(strategy=strategy, scaling=scaling, **setting)
+            for ranks in sorted({1, *self.ranks})
+            for scaling in self.scalings
+            if scaling == "weak" or batch % ranks == 0
+            for setting in replace(
+                self, ranks=(ranks,), batches=(batch if scaling == "weak" else batch // ranks,)
+            )._settings()
+            for strategy in SCALED
+            if strategy == BASELINE or (ranks > 1 and strategy in self.strategies)
+        ]
+
 
 def default_trainings(device: torch.device, *, smoke: bool) -> Trainings:
     """Return the handout's, XL on two GPUs, and on more of them; without, what takes seconds."""
@@ -176,7 +198,7 @@ def default_trainings(device: torch.device, *, smoke: bool) -> Trainings:
             **common,
         )
     if smoke:
-        common["strategies"] = (BASELINE, "flashddp")
+        common |= {"strategies": (BASELINE, "flashddp"), "scalings": ("weak",)}
     return Trainings(
         sizes=("debug",) if smoke else ("tiny",),
         contexts=(32,),
@@ -193,6 +215,9 @@ def add_options(group: pytest.OptionGroup) -> None:
     group.addoption("--strategies", help=f"data parallel: {', '.join(STRATEGIES)}")
     group.addoption("--ranks", help="data parallel: numbers of ranks, e.g. 2,4")
     group.addoption("--communications", help="data parallel: dtypes of gradients: fp32, bf16")
+    group.addoption(
+        "--scalings", help="data parallel: weak (batch of a rank stays) or strong (is divided)"
+    )
     group.addoption("--bucket-mb", help="data parallel: bucket sizes, e.g. 1,10,100,1000")
     group.addoption(
         "--rank-batch",
@@ -227,6 +252,7 @@ def chosen_trainings(option: Option, device: torch.device, *, smoke: bool) -> Tr
         precisions=chosen_precisions(option, default.precisions),
         communications=names("communications", DTYPES),
         bucket_mb=numbers("bucket_mb", "bucket_mb"),
+        scalings=names("scalings", SCALINGS),
         profiled=not option("no_timeline"),
     )
 

@@ -13,7 +13,7 @@ from cs336_systems.accounting import parameters
 from cs336_systems.measure.ranks import slowest
 from cs336_systems.parallel import STRATEGIES
 from cs336_systems.parallel.bucket_model import Gradients
-from cs336_systems.parallel.traffic import traffic, wire_bytes
+from cs336_systems.parallel.traffic import traffic, wire_bytes, wire_factor
 
 KINDS = ("parameters", "gradients", "optimizer_state", "communication", "activations")
 _LEAST_SECONDS = 1e-9
@@ -83,11 +83,30 @@ def lanes(results: Sequence[TrainingResult]) -> Mapping[str, str] | None:
     return found or None
 
 
-def bucket_prediction(case: TrainingCase, links: Sequence[LinkTimes]) -> dict[str, float | None]:
-    """Return what the model of buckets makes of the measured links for a case's bucket size."""
+def communication_prediction(
+    case: TrainingCase, results: Sequence[TrainingResult], links: Sequence[LinkTimes]
+) -> dict[str, float | None]:
+    """Return how long the measured links take for what a rank sends; a peer's is not known."""
+    if STRATEGIES[case.strategy].peer:
+        return {}
+    _, bytes_per_s = _rates(links)
+    sent_per_s = bytes_per_s * wire_factor("all_reduce", case.ranks)
+    return {
+        "link_gb_per_s": bytes_per_s / 1e9,
+        "predicted_communication_ms": wire_bytes(results[0].log) / sent_per_s * 1e3,
+    }
+
+
+def _rates(links: Sequence[LinkTimes]) -> tuple[float, float]:
+    """Return the seconds of an all-reduce of no size, and the bytes/s of a large one's message."""
     call_seconds = median(slowest([link.small for link in links]))
     large_seconds = median(slowest([link.large for link in links]))
-    bytes_per_s = links[0].large_bytes / max(large_seconds - call_seconds, _LEAST_SECONDS)
+    return call_seconds, links[0].large_bytes / max(large_seconds - call_seconds, _LEAST_SECONDS)
+
+
+def bucket_prediction(case: TrainingCase, links: Sequence[LinkTimes]) -> dict[str, float | None]:
+    """Return what the model of buckets makes of the measured links for a case's bucket size."""
+    call_seconds, bytes_per_s = _rates(links)
     config = model_config(case.size, case.context)
     width = 2 if case.communication == "bf16" else 4
     gradients = Gradients(

@@ -9,7 +9,7 @@
 set -euo pipefail
 parts="basics, large, xl, 2.7b, warmup, attention, whole, flash_sweep_bf16, flash_sweep_fp32,\
  flash_sweep_compiled, flash_shapes, flash_details, hopper_ladder, all_reduce, data_parallel,\
- data_parallel_bf16, data_parallel_buckets, train_loop, lm_matrix, attention_sweep"
+ data_parallel_bf16, data_parallel_buckets, scaling, train_loop, lm_matrix, attention_sweep"
 part=${1:?name a part: $parts}
 out=${2:?name the directory for the JSON files}
 cd "$(dirname "$0")/.."
@@ -52,12 +52,13 @@ hopper_ladder) measure "$part" benchmarks/bench_hopper_ladder.py --max-seconds=1
 flash_details)
     measure flash_details $flash --max-seconds=2 -k "not flash_sweep and not attention_shapes"
     ;;
-data_parallel) measure "$part" benchmarks/bench_data_parallel.py -k "not buckets"
+data_parallel) measure "$part" benchmarks/bench_data_parallel.py -k "not buckets and not scaling"
     ;;
 data_parallel_bf16)
-    measure "$part" benchmarks/bench_data_parallel.py -k "not buckets" --communications=bf16
+    measure "$part" benchmarks/bench_data_parallel.py -k "not buckets and not scaling" --communications=bf16
     ;;
 data_parallel_buckets) measure "$part" benchmarks/bench_data_parallel.py -k buckets ;;
+scaling) measure "$part" benchmarks/bench_data_parallel.py -k scaling ;;
 train_loop) measure "$part" benchmarks/bench_train_loop.py ;;
 lm_matrix) measure "$part" benchmarks/bench_lm_matrix.py ;;
 attention_sweep) measure "$part" benchmarks/bench_attention_sweep.py ;;

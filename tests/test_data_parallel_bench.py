@@ -11,9 +11,9 @@ import data_parallel_cases
 import pytest
 import torch
 from bench_data_parallel import replayed
-from data_parallel_cases import TrainingCase, chosen_trainings, default_trainings
+from data_parallel_cases import SCALED, TrainingCase, chosen_trainings, default_trainings
 from data_parallel_ranks import LinkTimes, Phase, TrainingResult, train_rounds
-from data_parallel_rows import KINDS, bucket_prediction
+from data_parallel_rows import KINDS, bucket_prediction, communication_prediction
 from parallel_fixtures import ON_RANKS
 from ranks import pool
 from test_benchmarks import run, selected
@@ -51,6 +51,30 @@ def test_grid_is_the_handouts_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {case.batch for case in full.bucket_cases()} == {24}
 
 
+def test_scaling_starts_from_one_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    full = default_trainings(GPU, smoke=False)
+    assert full.ranks == (2, 4)
+    cases = full.scaling_cases()
+    batches = {(case.scaling, case.ranks): case.batch for case in cases}
+    assert batches == {
+        ("weak", 1): 24, ("strong", 1): 24,
+        ("weak", 2): 24, ("strong", 2): 12,
+        ("weak", 4): 24, ("strong", 4): 6,
+    }  # fmt: skip
+    for ranks in (1, 2, 4):
+        found = [case.strategy for case in cases if (case.scaling, case.ranks) == ("weak", ranks)]
+        assert found == ["none"] if ranks == 1 else [*SCALED]
+
+
+def test_ranks_that_do_not_divide_the_batch_do_not_scale_strongly() -> None:
+    given = {"ranks": "2,3", "rank_batch": "8", "strategies": "zero1"}
+    cases = chosen_trainings(given.get, CPU, smoke=False).scaling_cases()
+    assert {case.ranks for case in cases if case.scaling == "strong"} == {1, 2}
+    assert {case.ranks for case in cases if case.scaling == "weak"} == {1, 2, 3}
+    assert {case.strategy for case in cases} == {"none", "zero1"}
+
+
 def test_grid_takes_seconds_without() -> None:
     assert [case.strategy for case in default_trainings(CPU, smoke=False).cases()] == [*STRATEGIES]
     smoke = default_trainings(CPU, smoke=True)
@@ -62,7 +86,7 @@ def test_choices_select_cases() -> None:
     cases = selected(
         "--strategies=zero1,naive", "--ranks=3", "--sizes=debug", "--contexts=16",
         "--communications=bf16", "--precisions=tf32,bf16", "--rank-batch=5,6",
-        "-k", "data_parallel",
+        "-k", "data_parallel and not scaling",
     )  # fmt: skip
     assert [case.split("::")[1] for case in cases] == [
         f"bench_data_parallel[{strategy}-debug-16-{batch}-3-bf16-bf16]"
@@ -78,6 +102,7 @@ def test_choices_select_cases() -> None:
         ("--ranks=0", "--ranks must list integers of at least 1, got '0'"),
         ("--communications=fp8", "--communications must be one of fp32, bf16, got 'fp8'"),
         ("--bucket-mb=x", "--bucket-mb must list integers of at least 1, got 'x'"),
+        ("--scalings=both", "--scalings must be one of weak, strong, got 'both'"),
         ("--rank-batch=0", "--rank-batch must list integers of at least 1, got '0'"),
     ],
 )
@@ -229,6 +254,20 @@ def test_buckets_are_predicted_from_measured_links() -> None:
     assert "predicted_exposed_ms" not in bucket_prediction(case._replace(bucket_mb=None), links)
 
 
+def test_communication_is_predicted_from_what_was_sent() -> None:
+    """Four ranks send 1.5 bytes for each byte of an all-reduce, 0.75 for one that is gathered."""
+    links = [LinkTimes(small=[0.0], large=[10e-3], large_bytes=10**8)] * 4
+    names = ("all_reduce", "all_gather_into")
+    log = [Collective(name, 10**8 // 4, torch.float32, 10**8, 4) for name in names]
+    result = TrainingResult(
+        seconds=[1.0], loss=0.0, phases={}, step_peak_bytes=None, log=log, timeline=None
+    )
+    found = communication_prediction(case_of("zero1", ranks=4), [result] * 4, links)
+    assert found["link_gb_per_s"] == pytest.approx(10)
+    assert found["predicted_communication_ms"] == pytest.approx(10 + 5)
+    assert communication_prediction(case_of("torch_zero", ranks=4), [result] * 4, links) == {}
+
+
 # --- ranks ---
 
 
@@ -268,7 +307,7 @@ class TestOnRanks:
 
 
 @pytest.mark.distributed
-def test_smoke_measures_both_studies(tmp_path: Path) -> None:
+def test_smoke_measures_all_studies(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     result = run("--smoke", "-k", "data_parallel", f"--benchmark-json={output}")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -276,15 +315,24 @@ def test_smoke_measures_both_studies(tmp_path: Path) -> None:
     records = [entry["extra_info"] for entry in data["benchmarks"]]
     cases = [(record["study"], record["case"]["strategy"]) for record in records]
     assert cases == [
-        (study, strategy)
-        for study in ("data_parallel", "data_parallel_buckets")
-        for strategy in ("none", "flashddp")
+        ("data_parallel", "none"),
+        ("data_parallel", "flashddp"),
+        ("data_parallel_buckets", "none"),
+        ("data_parallel_buckets", "flashddp"),
+        ("scaling", "none"),
+        ("scaling", "none"),
+        ("scaling", "flashddp"),
     ]
+    assert records[4]["case"]["ranks"] == 1
+    assert "predicted_communication_ms" not in records[4]["metrics"]
     for record, entry in zip(records, data["benchmarks"], strict=True):
-        assert record["tokens"] == 2 * 2 * 32
+        ranks = record["case"]["ranks"]
+        assert record["tokens"] == ranks * 2 * 32
         assert record["warmup_rounds"] == 3
-        assert set(record["timeline"]) >= {"0 compute", "1 communication"}
+        assert set(record["timeline"]) >= {"0 compute", f"{ranks - 1} communication"}
         assert len(json.dumps(record["timeline"])) < 100_000
         assert entry["stats"]["median"] > 0
     assert records[3]["case"]["bucket_mb"] == 1
     assert records[3]["metrics"]["predicted_exposed_ms"] > 0
+    assert records[5]["metrics"]["predicted_communication_ms"] == 0
+    assert records[6]["metrics"]["predicted_communication_ms"] > 0

@@ -294,3 +294,55 @@ def test_a_lane_that_is_none_is_refused(tmp_path: Path, lane: Any) -> None:
     entry = training("naive", 2, timeline={"0 compute": lane})
     with pytest.raises(UsageError, match=r"timeline\.0 compute must be begins and ends in order"):
         load([fx.write(tmp_path / "run.json", fx.document(entry))])
+
+
+# --- scaling ---
+
+
+def scaled(scaling: str, strategy: str, ranks: int) -> dict[str, Any]:
+    """Return a step of ranks that lose a tenth of their time where they communicate."""
+    batch = 24 if scaling == "weak" else 24 // ranks
+    case = {"scaling": scaling, "strategy": strategy, "size": "xl", "batch": batch, "ranks": ranks}
+    alone = batch * 0.02
+    seconds = alone if strategy == "none" else alone / 0.9
+    sent_ms = {2: 100.0, 4: 300.0}
+    metrics = {} if ranks == 1 else {"predicted_communication_ms": sent_ms[ranks]}
+    return fx.timed("scaling", case, seconds, tokens=512 * batch * ranks, metrics=metrics)
+
+
+@pytest.fixture(scope="module")
+def scaling(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    entries = [scaled(kind, "none", 1) for kind in ("weak", "strong")]
+    entries += [
+        scaled(kind, strategy, ranks)
+        for kind in ("weak", "strong")
+        for ranks in (2, 4)
+        for strategy in ("none", "flashddp")
+    ]
+    device = {**fx.GPU, "count": 4}
+    return draw(tmp_path_factory.mktemp("scaling"), fx.document(*entries, device=device))
+
+
+def test_scaling_is_held_against_one_rank_alone(scaling: Gallery) -> None:
+    rows = {
+        (row["scaling"], row["strategy"], row["ranks"]): row for row in scaling.sections[0].rows
+    }
+    for kind in ("weak", "strong"):
+        for ranks in (2, 4):
+            ddp = rows[kind, "flashddp", ranks]
+            assert ddp["metrics.speedup"] == pytest.approx(0.9 * ranks)
+            assert ddp["metrics.efficiency"] == pytest.approx(0.9)
+            assert rows[kind, "none", ranks]["metrics.efficiency"] == pytest.approx(1.0)
+    # As long as computing, or as sending where that is longer.
+    assert rows["weak", "flashddp", 2]["metrics.predicted_ms"] == pytest.approx(480.0)
+    assert rows["strong", "flashddp", 4]["metrics.predicted_ms"] == pytest.approx(300.0)
+    assert rows["weak", "none", 1].get("metrics.predicted_ms") is None
+
+
+def test_scaling_has_a_panel_for_each_kind(scaling: Gallery) -> None:
+    assert scaling.names == ["scaling_efficiency", "scaling_tokens"]
+    panels = [axes for (axes,) in scaling.canvases["scaling_efficiency"].axes]
+    assert [axes.get_title(loc="left") for axes in panels] == ["weak", "strong"]
+    drawn = {tuple(line.get_ydata()) for axes in panels for line in axes.lines}
+    assert any(values == pytest.approx((0.9, 0.9)) for values in drawn if len(values) == 2)
+    test_nothing_overlaps(scaling)

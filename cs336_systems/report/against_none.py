@@ -4,12 +4,13 @@ and against the row of torch's that does the same."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
 
-_STUDIES = ("data_parallel", "data_parallel_buckets")
+_STUDIES = ("data_parallel", "data_parallel_buckets", "scaling")
+_SCALING = "scaling"
 _MATRIX = "lm_matrix"
 _BASELINE = "none"
 _PEERS = {
@@ -36,6 +37,7 @@ def add_comparisons(rows: Sequence[Row]) -> None:
         if peer is not None:
             row["metrics.over_peer"] = row["median_ms"] / peer["median_ms"]
     _add_to_matrix(rows)
+    _add_to_scaling(timed, by_setting)
 
 
 def _add_to_matrix(rows: Sequence[Row]) -> None:
@@ -45,6 +47,33 @@ def _add_to_matrix(rows: Sequence[Row]) -> None:
     for row in timed:
         if (one := alone.get(_run(row))) is not None:
             row["metrics.over_alone"] = row["tokens_per_s"] / one["tokens_per_s"]
+
+
+def _add_to_scaling(timed: Sequence[Row], by_setting: Mapping[tuple[Any, ...], Row]) -> None:
+    """Give each step its tokens/s over those of one rank alone, and what was to be expected of it:
+    all that is sent while the ranks compute as if alone."""
+    steps = [row for row in timed if row["study"] == _SCALING]
+    is_one = {"strategy": _BASELINE, "ranks": 1}
+    ones = {_problem(row): row for row in steps if is_one.items() <= row["case"].items()}
+    for row in steps:
+        one, ranks = ones.get(_problem(row)), row["case"].get("ranks")
+        if one is not None and ranks and row["tokens_per_s"] and one["tokens_per_s"]:
+            row["metrics.speedup"] = row["tokens_per_s"] / one["tokens_per_s"]
+            row["metrics.efficiency"] = row["metrics.speedup"] / ranks
+        alone = by_setting.get(_setting(row, _BASELINE, None))
+        sent_ms = row.get("metrics.predicted_communication_ms")
+        if alone is not None and sent_ms is not None:
+            row["metrics.predicted_ms"] = max(alone["median_ms"], sent_ms)
+
+
+def _problem(row: Row) -> tuple[Any, ...]:
+    """Return what a step shares with that of one rank alone: the batch of a rank, or of all."""
+    case = dict(row["case"])
+    ranks, batch = case.pop("ranks", None), case.pop("batch", None)
+    case.pop("strategy", None)
+    if case.get("scaling") == "strong" and ranks and batch:
+        batch *= ranks
+    return (row["hardware"].identity(), batch, json.dumps(case, sort_keys=True))
 
 
 def _run(row: Row) -> tuple[Any, ...]:

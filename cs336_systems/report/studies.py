@@ -18,6 +18,7 @@ from cs336_systems.report.studies_parallel import PARALLEL_STUDIES
 # Values with an order of their own; others sort as numbers, then as words.
 _ORDER: dict[str, tuple[str, ...]] = {
     "strategy": tuple(STRATEGIES),
+    "scaling": ("weak", "strong"),
     "ratio": ("N_q = N_k", "N_q = 2 N_k", "N_k = 2 N_q"),
     "size": ("tiny", "debug", "small", "medium", "large", "xl", "2.7b", "8b"),
     "precision": ("fp32", "tf32", "fp16", "bf16"),

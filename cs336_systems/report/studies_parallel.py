@@ -193,4 +193,67 @@ _BUCKETS = Study(
     ),
 )
 
-PARALLEL_STUDIES = (_ALL_REDUCE, _DATA_PARALLEL, _BUCKETS)
+_PROBLEM = ("scaling", "size", "context", "precision", "communication")
+
+
+def _over_ranks(what: str, title: str, value: str) -> Plot:
+    return Plot(
+        what=what,
+        kind="lines",
+        title=title,
+        x="ranks",
+        y=value,
+        series=("strategy",),
+        rows=_PROBLEM,
+        log_x=True,
+        log_y=False,
+    )
+
+
+_SCALING = Study(
+    name="scaling",
+    title="Weak and strong scaling",
+    shows="Training steps on more and more ranks. Weak: every rank keeps its batch. Strong: ranks "
+    "divide the batch of one. Speed-up is tokens/s of all ranks over those of one rank alone "
+    "(`none` on 1), efficiency is that over the number of ranks. `none` on several ranks does not "
+    "communicate: what it loses is not communication's fault. Predicted: as long as `none` on as "
+    "many ranks, or as what is sent needs at the rate of a large all-reduce on these links, "
+    "whichever is longer; a peer's messages are not counted.",
+    index=("scaling", "strategy", "ranks", "size", "context", "batch", "precision"),
+    listings=(
+        Listing(
+            title="Steps",
+            values=(
+                "median_ms",
+                "metrics.predicted_ms",
+                "metrics.speedup",
+                "metrics.efficiency",
+                "metrics.over_none",
+                "metrics.over_peer",
+                "tokens_per_s",
+                "metrics.communication_ms",
+                "metrics.predicted_communication_ms",
+                "metrics.unhidden_ms",
+                "counts.wire_bytes",
+                "peak_gib",
+            ),
+        ),
+    ),
+    pivots=(
+        Pivot(title="Median ms by ranks", rows=(*_PROBLEM, "strategy"), columns="ranks"),
+        Pivot(
+            title="Efficiency by ranks",
+            rows=(*_PROBLEM, "strategy"),
+            columns="ranks",
+            value="metrics.efficiency",
+        ),
+    ),
+    plots=(
+        _over_ranks(
+            "efficiency", "Tokens/s of a rank over those of one alone", "metrics.efficiency"
+        ),
+        _over_ranks("tokens", "Tokens/s of all ranks", "tokens_per_s"),
+    ),
+)
+
+PARALLEL_STUDIES = (_ALL_REDUCE, _DATA_PARALLEL, _BUCKETS, _SCALING)

@@ -68,6 +68,9 @@ _NAMES = {
     "link_gb_per_s": "large all-reduce (GB/s)",
     "best_bucket_mb": "best bucket predicted (MiB)",
     "predicted_exposed_ms": "added, predicted (ms)",
+    "predicted_communication_ms": "communication, predicted (ms)",
+    "predicted_ms": "step, predicted (ms)",
+    "speedup": "speed-up (x)",
     "predicted_held_bytes": "held after the step, predicted",
     "ratio": "ratio, ours to the other (x)",
 }
