@@ -507,7 +507,9 @@ def _run_source(name: str, change: Change | None = None) -> ModuleType:
     assert spec.origin is not None
     source = Path(spec.origin).read_text()
     if change is not None:
-        assert change[0] in source, f"{name} has nothing to change: {change[0]}"
+        # No AssertionError, for which a planted mistake would be taken that was never planted.
+        if change[0] not in source:
+            raise LookupError(f"{name} has nothing to change: {change[0]}")
         source = source.replace(*change)
     module = importlib.util.module_from_spec(spec)
     exec(compile(source, spec.origin, "exec"), module.__dict__)

@@ -200,7 +200,7 @@ FORWARD_MISTAKES = {
     ),
     "Q of the item before": ("mbarrier.wait(q_full.index(WHICH), done & 1)", "pass"),
     "O overwritten while it leaves": ("    tma.store_wait(0)  # of the item before\n", ""),
-    "the ring begins anew": ("            ring += num\n    tma", "    tma"),
+    "the ring begins anew": ("        ring += num\n    tma", "    tma"),
     "the last V not given back": (
         "release(v_empty.index(slot))\n    acc = acc * gl.convert_layout(1.0",
         "acc = acc * gl.convert_layout(1.0",
@@ -248,12 +248,14 @@ BACKWARD_MISTAKES = {
     ),
     "K and V of the item before": ("mbarrier.wait(kv_full.index(0), done & 1)", "pass"),
     "K given back while it is read": (
-        "            mbarrier.wait(kv_full.index(0), done & 1)\n",
-        "            mbarrier.wait(kv_full.index(0), done & 1)\n"
-        "            release(kv_empty.index(0))\n",
+        "        mbarrier.wait(kv_full.index(0), done & 1)\n",
+        "        mbarrier.wait(kv_full.index(0), done & 1)\n        release(kv_empty.index(0))\n",
     ),
     "dK and dV share their way out": ("    tma.store_wait(0)\n    gl.thread_barrier()\n", ""),
-    "the ring begins anew": ("            ring += GROUP * per_head\n    tma", "    tma"),
+    "the ring begins anew": (
+        "        ring += GROUP * per_head\n        tile, batch, kv_head = next_tile",
+        "        tile, batch, kv_head = next_tile",
+    ),
     "dQ of the wrong row": ("at = row * 4", "at = row * 2"),
 }
 
