@@ -60,7 +60,7 @@ class Rung(NamedTuple):
 
 def rungs(shape: Shape, which: str) -> list[Rung]:
     """Return a pass as it is shipped, and with each change."""
-    shipped: Any = FORWARD[shape.d, shape.causal] if which == "forward" else BACKWARD[shape.d]
+    shipped: Any = FORWARD[shape.d] if which == "forward" else BACKWARD[shape.d]
     found = [Rung(shape, which, NOTHING, shipped)]
     for field, value in CHANGES[which, shape.d].items():
         other = not getattr(shipped, field) if value is None else value
@@ -127,7 +127,7 @@ class Kernels:
         )
         self._num_rows = triton.cdiv(seq, ROWS_MULTIPLE) * ROWS_MULTIPLE
         self._o, self._lse = self._new_output()
-        self._shipped = (FORWARD[head_dim, self._causal], BACKWARD[head_dim])
+        self._shipped = (FORWARD[head_dim], BACKWARD[head_dim])
         self._forward(self._shipped[0], self._o, self._lse)()
 
     def forward(self, tile: ForwardTile) -> Callable[[], None]:

@@ -30,12 +30,12 @@ from cs336_systems.attention.reference import reference_gradients
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 449]
 FORWARD_TILES = {
     64: [
-        FORWARD[64, True],
-        replace(FORWARD[64, True], ping_pong=False),
-        replace(FORWARD[64, True], persistent=False),
-        replace(FORWARD[64, True], num_groups=2, num_stages=3),
+        FORWARD[64],
+        replace(FORWARD[64], ping_pong=False),
+        replace(FORWARD[64], persistent=False),
+        replace(FORWARD[64], num_groups=2, num_stages=3),
     ],
-    128: [FORWARD[128, False], replace(FORWARD[128, True], ping_pong=True)],
+    128: [FORWARD[128], replace(FORWARD[128], ping_pong=True)],
 }
 BACKWARD_TILES = {
     64: [BACKWARD[64], replace(BACKWARD[64], do_stages=2, hold=False, persistent=False)],

@@ -65,17 +65,11 @@ class BackwardTile:
     """As ForwardTile's."""
 
 
-_FORWARD_64 = ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True)
-_FORWARD_128 = ForwardTile(
-    num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True
-)
 FORWARD = {
-    (64, False): _FORWARD_64,
-    (64, True): _FORWARD_64,
-    (128, False): _FORWARD_128,
-    (128, True): _FORWARD_128,
+    64: ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True),
+    128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True),
 }
-"""By head dim, and whether it is causal."""
+"""By head dim, as BACKWARD."""
 BACKWARD = {
     64: BackwardTile(q_stages=3, do_stages=3, dq_slots=2, hold=True, persistent=True),
     128: BackwardTile(q_stages=2, do_stages=2, dq_slots=1, hold=False, persistent=True),
@@ -113,7 +107,7 @@ def plan_hopper_forward(
 ) -> Launch:  # fmt: skip
     """Return the launch that fills O and L; tensors are four-dimensional, scale positive."""
     batch, num_heads, num_queries, head_dim = q.shape
-    tile = tile or FORWARD[head_dim, causal]
+    tile = tile or FORWARD[head_dim]
     rows = tile.num_groups * GROUP_ROWS
     num_tiles = triton.cdiv(num_queries, rows)
     num_keys, group = k.shape[2], num_heads // k.shape[1]
