@@ -239,3 +239,21 @@ def test_compiled_as_one_graph(head_dim: int) -> None:
     eager, compiled = run(attend, *inputs), run(torch.compile(attend, fullgraph=True), *inputs)
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
+
+
+@on_hopper
+def test_shapes_that_have_run_may_be_captured() -> None:
+    q, k, v, _ = make("contiguous", (4, 2), (300, 400), 64, torch.bfloat16, batch=1)
+    q, k, v = (tensor.detach() for tensor in (q, k, v))
+    want = flash_attention_hopper(q, k, v, is_causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = flash_attention_hopper(q, k, v, is_causal=True)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
+    with (
+        pytest.raises(UsageError, match=r"shapes must have been run once before a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        flash_attention_hopper(q[:, :, :77], k, v, is_causal=True)

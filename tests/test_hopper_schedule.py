@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cs336_systems.attention.hopper_schedule import START, Work, schedule
+from cs336_systems.errors import UsageError
 
 CPU = torch.device("cpu")
 works = st.builds(
@@ -67,6 +69,13 @@ def test_causal_training_shapes_are_even() -> None:
         sum(work.costs[tile] + START for tile, _, _ in chain) for chain in chains(work, 132, 132)
     ]
     assert max(times) < 1.02 * sum(times) / len(times)
+
+
+def test_no_schedule_is_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    work = Work(batch=1, num_heads=1, together=1, costs=(1, 2, 3))
+    with pytest.raises(UsageError, match="shapes must have been run once before a CUDA graph"):
+        schedule(work, 1, 1, torch.device("cuda"))
 
 
 def test_heads_that_share_memory_come_after_each_other() -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cs336_systems.errors import bad
+
 START = 64
 """What an item costs at its beginning and end, in rows."""
 LAST_WAVES = 2
@@ -52,7 +54,11 @@ def schedule(work: Work, num_programs: int, at_once: int, device: torch.device) 
     at_once: how many programs run at a time.
 
     Kept for good, since recorded launches may read it at any time: 16 bytes an item.
+    Raises: UsageError while a CUDA graph is captured, which cannot hold the copy to the device.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        rule = "have been run once before a CUDA graph is captured"
+        raise bad("flash_attention_hopper", "shapes", rule, "new ones")
     rows: list[list[int]] = []
     last = [-1] * num_programs
     free = [(0, program) for program in range(num_programs)]
