@@ -168,18 +168,20 @@ class Trainings:
 
         Strong scaling leaves out numbers of ranks that do not divide the batch.
         """
-        batch = max(self.batches)
-        return [
-            TrainingCase(strategy=strategy, scaling=scaling, **setting)
-            for ranks in sorted({1, *self.ranks})
-            for scaling in self.scalings
-            if scaling == "weak" or batch % ranks == 0
-            for setting in replace(
-                self, ranks=(ranks,), batches=(batch if scaling == "weak" else batch // ranks,)
-            )._settings()
-            for strategy in SCALED
-            if strategy == BASELINE or (ranks > 1 and strategy in self.strategies)
-        ]
+        several = [name for name in SCALED if name in (BASELINE, *self.strategies)]
+        found = []
+        for ranks, scaling in product(sorted({1, *self.ranks}), self.scalings):
+            batch, left_over = divmod(max(self.batches), ranks if scaling == "strong" else 1)
+            if left_over:
+                continue
+            strategies = [BASELINE] if ranks == 1 else several
+            settings = replace(self, ranks=(ranks,), batches=(batch,))._settings()
+            found += [
+                TrainingCase(strategy=strategy, scaling=scaling, **setting)
+                for setting in settings
+                for strategy in strategies
+            ]
+        return found
 
 
 def default_trainings(device: torch.device, *, smoke: bool) -> Trainings:
