@@ -531,6 +531,7 @@ def _interpreted(name: str, change: Change | None) -> ModuleType:
 _OF_THE_COMPILER: dict[str, Callable[..., Any]] = {
     "reduce_add": lambda descriptor, at, source: _copy_out(descriptor, at, source, add=True),
     "rescale": lambda sums, alpha: sums * alpha[:, None],
+    "times": lambda sums, alpha, _: sums * alpha,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -183,6 +184,22 @@ def test_padding_gets_no_weight_where_all_logits_are_very_negative(
     q, k, v, do = make("contiguous", (1, 1), (70, 133), head_dim, torch.bfloat16, batch=1)
     q, k = (tensor.detach().abs() + 3.0 for tensor in (q, k))
     check(q.requires_grad_(), (-k).requires_grad_(), v, do, is_causal=is_causal, scale=1.0)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("per_tile", [3.0, 20.0])
+def test_maxima_grow_by_less_and_by_more_than_the_slack(
+    is_causal: bool, head_dim: int, per_tile: float
+) -> None:
+    """Logits grow towards the first keys, which come last, so that O is multiplied or is not."""
+    q, k, v, do = make("contiguous", (2, 2), (300, 800), head_dim, torch.bfloat16, batch=1)
+    unit = 4 * head_dim**-0.5 * math.log2(math.e)
+    with torch.no_grad():
+        q[..., 0] = 4.0
+        k[..., 0] = torch.arange(800, 0, -1, device=k.device) * per_tile / 128 / unit
+    check(q, k, v, do, is_causal=is_causal)
 
 
 @on_hopper

@@ -104,6 +104,17 @@ def make(
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do
 
 
+def let_grow(q: Tensor, k: Tensor, per_tile: float) -> None:
+    """Have logits in base 2 grow by so much for each 128 keys towards the first, which come last.
+
+    In place; for the default scale.
+    """
+    unit = 4 * q.shape[-1] ** -0.5 * math.log2(math.e)
+    with torch.no_grad():
+        q[..., 0] = 4.0
+        k[..., 0] = torch.arange(k.shape[2], 0, -1) * per_tile / 128 / unit
+
+
 def check(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, *, seed: int, is_causal: bool,
     scale: float | None = None, tiles: tuple[Any, Any] = (None, None),
@@ -171,6 +182,17 @@ def test_padding_gets_no_weight_where_all_logits_are_very_negative(
     check(q, k, v, do, seed=0, is_causal=is_causal, scale=1.0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("per_tile", [3.0, 20.0])
+def test_maxima_grow_by_less_and_by_more_than_the_slack(
+    is_causal: bool, head_dim: int, per_tile: float
+) -> None:
+    inputs = make(2, (1, 1), (300, 800), head_dim, torch.bfloat16)
+    let_grow(*inputs[:2], per_tile)
+    check(*inputs, seed=2, is_causal=is_causal)
+
+
 # A mistake each, in the words of the source; an error or a wrong number is to show it.
 # (K given back too early would not: V, which is fetched after it, is not.)
 FORWARD_MISTAKES = {
@@ -208,6 +230,10 @@ FORWARD_MISTAKES = {
     "S taken while in flight": (
         "S = warpgroup_mma_wait(1, (S,))",
         "S = warpgroup_mma_wait(2, (S,))",
+    ),
+    "O not multiplied where the maximum grew": (
+        "acc = times(acc, gl.convert_layout(alpha, O_ROWS)[:, None], HEAD_DIM)",
+        "pass",
     ),
     "skipped tiles not given back": (
         "mbarrier.wait(v_full.index(slot), parity)\n        release(v_empty.index(slot))",
@@ -267,6 +293,8 @@ def is_found(
     for seed in range(num_orders):
         for lengths, is_causal in (((500, 600), True), ((200, 1200), False)):
             inputs = make(1, (3, 1), lengths, head_dim, torch.float16)
+            if seed % 2:
+                let_grow(*inputs[:2], 20.0)
             try:
                 check(*inputs, seed=seed, is_causal=is_causal, changes=changes)
             except (InterpreterError, AssertionError):
