@@ -41,7 +41,7 @@ SHAPES = tuple(
 CHANGES: dict[tuple[str, int], dict[str, Any]] = {
     ("forward", 64): {"ping_pong": None, "persistent": None, "num_groups": 2},
     ("forward", 128): {"ping_pong": None, "persistent": None},
-    ("backward", 64): {"hold": None, "dq_slots": 1, "persistent": None},
+    ("backward", 64): {"hold": None, "do_stages": 1, "persistent": None},
     ("backward", 128): {"persistent": None},
 }
 

@@ -48,6 +48,7 @@ class Task:
     """One partition of a program."""
 
     name: str
+    num_threads: int
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     is_ready: Callable[[], bool] = lambda: True
     waits_for: str = "nothing"
@@ -76,14 +77,14 @@ class Machine:
         self.events: list[Callable[[], None]] = []
         self.current: Task | None = None
         self.named: dict[int, list[int]] = {}
-        """Arrivals and completions of each named barrier."""
+        """Of each named barrier, how many threads have arrived and how often all had."""
 
-    def run(self, bodies: Sequence[tuple[str, Callable[[], None]]]) -> None:
-        """Run bodies side by side to their end."""
-        self.tasks = [Task(name) for name, _ in bodies]
+    def run(self, bodies: Sequence[tuple[str, int, Callable[[], None]]]) -> None:
+        """Run bodies, each with its name and number of threads, side by side to their end."""
+        self.tasks = [Task(name, num_threads) for name, num_threads, _ in bodies]
         threads = [
             threading.Thread(target=self._start, args=(task, body), daemon=True)
-            for task, (_, body) in zip(self.tasks, bodies, strict=True)
+            for task, (*_, body) in zip(self.tasks, bodies, strict=True)
         ]
         for thread in threads:
             thread.start()
@@ -387,23 +388,29 @@ def _wait_for_stores(num_outstanding: int) -> None:
     machine().switch(lambda: all(task.stores[each] for each in older), "its stores")
 
 
-def _named_barrier(text: str, *_: Any, **__: Any) -> None:
-    found = re.match(r"bar\.(sync|arrive) (\d+), 256;", text)
+def _named_barrier(text: str, _: str, operands: Sequence[Any], **__: Any) -> None:
+    found = re.match(r"bar\.(sync|arrive) (\$1|\d+), (\d+);", text)
     assert found is not None, text
-    state = machine().named.setdefault(int(found[2]), [0, 0])
+    number, expected = int(operands[0] if operands else found[2]), int(found[3])
+    state = machine().named.setdefault(number, [0, 0])
     machine().switch()
-    state[0] += 1
+    state[0] += machine().task.num_threads
     generation = state[1]
-    if state[0] == 2:
+    if state[0] > expected:
+        raise InterpreterError(f"named barrier {number}: {state[0]} arrived of {expected}")
+    if state[0] == expected:
         state[0], state[1] = 0, generation + 1
     elif found[1] == "sync":
-        machine().switch(lambda: state[1] > generation, f"named barrier {found[2]}")
+        machine().switch(lambda: state[1] > generation, f"named barrier {number}")
 
 
-def _specialize(partitions: Sequence[tuple[Any, Sequence[Any]]], *_: Any) -> None:
+def _specialize(
+    partitions: Sequence[tuple[Any, Sequence[Any]]], num_warps: Sequence[int], _: Any
+) -> None:
+    warps = [4, *num_warps]  # the first's is an option of the launch
     machine().run(
         [
-            (f"{number} {function.__name__}", lambda f=function, a=args: f(*a))  # type: ignore[misc]
+            (f"{number} {function.__name__}", 32 * warps[number], lambda f=function, a=args: f(*a))  # type: ignore[misc]
             for number, (function, args) in enumerate(partitions)
         ]
     )

@@ -39,7 +39,7 @@ FORWARD_TILES = {
 }
 BACKWARD_TILES = {
     64: [BACKWARD[64], replace(BACKWARD[64], do_stages=2, hold=False, persistent=False)],
-    128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, dq_slots=2)],
+    128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
 }
 
 
@@ -197,8 +197,10 @@ def test_maxima_grow_by_less_and_by_more_than_the_slack(
 # (K given back too early would not: V, which is fetched after it, is not.)
 FORWARD_MISTAKES = {
     "V given back while it is read": (
-        "acc = warpgroup_mma_wait(0, (acc,))\n        release(v_empty.index(before))",
-        "release(v_empty.index(before))\n        acc = warpgroup_mma_wait(0, (acc,))",
+        "acc = warpgroup_mma_wait(0, (acc,))\n        "
+        "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)",
+        "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)\n        "
+        "acc = warpgroup_mma_wait(0, (acc,))",
     ),
     "K read before it is there": (
         "mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)\n        K =",
@@ -209,8 +211,8 @@ FORWARD_MISTAKES = {
         "mbarrier.wait(v_full.index(before), (at // STAGES) & 1)",
     ),
     "one group alone frees a slot": (
-        "mbarrier.init(k_empty.index(stage), count=NUM_GROUPS)",
-        "mbarrier.init(k_empty.index(stage), count=1)",
+        "take_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)",
+        "take_back(NUM_GROUPS + STAGES + slot, 1)",
     ),
     "no fence before O is sent": (
         ".store(acc.to(dtype))\n    fence_async_shared()",
@@ -224,7 +226,7 @@ FORWARD_MISTAKES = {
     "O overwritten while it leaves": ("    tma.store_wait(0)  # of the item before\n", ""),
     "the ring begins anew": ("        ring += num\n    tma", "    tma"),
     "the last V not given back": (
-        "release(v_empty.index(slot))\n    acc = acc * gl.convert_layout(1.0",
+        "hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)\n    acc = acc * gl.convert_layout(1.0",
         "acc = acc * gl.convert_layout(1.0",
     ),
     "S taken while in flight": (
@@ -236,9 +238,11 @@ FORWARD_MISTAKES = {
         "pass",
     ),
     "skipped tiles not given back": (
-        "mbarrier.wait(v_full.index(slot), parity)\n        release(v_empty.index(slot))",
+        "mbarrier.wait(v_full.index(slot), parity)\n        "
+        "hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)",
         "mbarrier.wait(v_full.index(slot), parity)",
     ),
+    "K and V share barriers": ("NUM_GROUPS + STAGES + before", "NUM_GROUPS + before"),
 }
 BACKWARD_MISTAKES = {
     "dS of the other group not waited for": (
@@ -247,22 +251,34 @@ BACKWARD_MISTAKES = {
     ),
     "one buffer of dS": ("dS_all = ds_slots.index(turn & 1)", "dS_all = ds_slots.index(0)"),
     "no fence behind dS": (
-        ".store(dS)\n    fence_async_shared()",
-        ".store(dS)",
+        "dv, is_async=True)\n    fence_async_shared()",
+        "dv, is_async=True)",
     ),
-    "dQ's staging overwritten": ("    tma.store_wait(DQ_SLOTS - 1)\n", ""),
-    "groups share dQ's way out": ("WHICH * DQ_SLOTS + sent % DQ_SLOTS", "sent % DQ_SLOTS"),
+    "dQ's staging overwritten": ("    tma.store_wait(0)  # what the slot had before\n", ""),
+    "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
     "Q given back a turn early": (
-        "dk = warpgroup_mma_wait(0, (dk,))\n    release(q_empty.index(q_slot))",
-        "release(q_empty.index(q_slot))\n    dk = warpgroup_mma_wait(0, (dk,))",
+        "dk = warpgroup_mma_wait(0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
+        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(0, (dk,))",
     ),
     "dO read before it is there": (
         "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
         "pass",
     ),
     "nobody gives dO back": (
-        "mbarrier.init(do_empty.index(stage), count=2)",
-        "mbarrier.init(do_empty.index(stage), count=3)",
+        "    hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)\n",
+        "",
+    ),
+    "one group alone gives Q back": (
+        "take_back(Q_BARRIERS + q_slot, 2)",
+        "take_back(Q_BARRIERS + q_slot, 1)",
+    ),
+    "Q and dO share barriers": (
+        "hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)",
+        "hand_back(Q_BARRIERS + do_slot, 2)",
+    ),
+    "dV taken while in flight": (
+        "dv, dQ_now = warpgroup_mma_wait(1, (dv, dQ))",
+        "dv, dQ_now = warpgroup_mma_wait(2, (dv, dQ))",
     ),
     "L of another turn": (
         "lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)",

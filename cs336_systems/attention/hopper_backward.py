@@ -11,11 +11,14 @@ and its sums leave by the accelerator's reduce-add in fp32.
 A turn, with what the tensor cores do meanwhile in brackets:
   S^T = K Q^T, dP^T = V dO^T
   P^T = exp2(S^T - L)                       [dP^T]
+  dS^T = P^T (dP^T - D), published
   dV += P^T dO
-  dS^T = P^T (dP^T - D), published          [dV]
+  wait for the other group's dS^T           [dV]
   dQ = dS K, dK += dS^T Q
   send dQ off                               [dK]
-No product is in flight from one turn to the next: ptxas would then let none be in flight.
+dV could begin before dS^T, but then one group's dV would be in the way of the other's dP^T, for
+which both wait. No product is in flight from one turn to the next: ptxas would then let none be in
+flight.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), appendix.
 """
@@ -36,9 +39,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, item_at, meet, release, sums_layout
+from cs336_systems.attention.hopper_common import (
+    NUM_BARRIERS,
+    ROWS,
+    hand_back,
+    item_at,
+    meet,
+    release,
+    sums_layout,
+    take_back,
+)
 
 KEYS = gl.constexpr(128)
+Q_BARRIERS = gl.constexpr(2)
+"""Named barriers: two at which groups meet, then those of Q's slots and of dO's."""
 
 
 @builtin
@@ -72,8 +86,8 @@ def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
 @gluon.jit
 def produce(
     GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
-    kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+    q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
+    kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded,
 ):  # fmt: skip
     """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
@@ -85,7 +99,9 @@ def produce(
         per_head = (num_queries_padded - first_row) // ROWS
         mbarrier.wait(kv_empty.index(0), done & 1 ^ 1)
         mbarrier.expect(kv_full.index(0), k.block_type.nbytes + 2 * v.block_type.nbytes)
-        tma.async_copy_global_to_shared(k, [batch, kv_head, key0, 0], kv_full.index(0), k_slot)
+        tma.async_copy_global_to_shared(
+            k, [batch, kv_head, key0, 0], kv_full.index(0), k_slots.index(0)
+        )
         for group in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0),
@@ -97,7 +113,8 @@ def produce(
             row = (batch * num_heads + head) * num_queries_padded + row0
             at = ring + turn
             q_slot, do_slot = at % Q_STAGES, at % DO_STAGES
-            mbarrier.wait(q_empty.index(q_slot), (at // Q_STAGES) & 1 ^ 1)
+            if at >= Q_STAGES:
+                take_back(Q_BARRIERS + q_slot, 2)
             mbarrier.expect(q_full.index(q_slot), q.block_type.nbytes + lse2.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 q, [batch, head, row0, 0], q_full.index(q_slot), q_slots.index(q_slot)
@@ -105,7 +122,8 @@ def produce(
             tma.async_copy_global_to_shared(
                 lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)
             )
-            mbarrier.wait(do_empty.index(do_slot), (at // DO_STAGES) & 1 ^ 1)
+            if at >= DO_STAGES:
+                take_back(Q_BARRIERS + Q_STAGES + do_slot, 2)
             mbarrier.expect(do_full.index(do_slot), do.block_type.nbytes + delta.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 do, [batch, head, row0, 0], do_full.index(do_slot), do_slots.index(do_slot)
@@ -133,6 +151,8 @@ def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
     Each thread then stores 16 bytes at a time, no two threads in one bank.
     """
     fragments = dQ.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    tma.store_wait(0)  # what the slot had before
+    gl.thread_barrier()
     dq_slot.store(fragments.reshape([128, 32]))
     fence_async_shared()
     gl.thread_barrier()
@@ -154,21 +174,29 @@ def store_rows(target, batch, kv_head, row0, num_rows, stage, rows, dtype: gl.co
 
 @gluon.jit
 def one_turn(
-    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots, dq_slots,
-    q_full, q_empty, do_full, do_empty, turn, row, row0, key0, num_keys, qk_scale,
+    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V, ds_slots, dq_slots,
+    q_full, do_full, turn, row, row0, key0, num_keys, qk_scale,
     PARITY: gl.constexpr, WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    DQ_SLOTS: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row: its first query's row in L, D and the dQ buffer. PARITY of the turn counts
-    where groups take turns with dQ."""
+    where groups take turns with dQ. K and V: this group's, if they are held in registers.
+
+    `turn >> 30` is 0, which the compiler cannot know: addresses that it takes for fixed it computes
+    before the loop, more than there are registers for.
+    """
     dtype: gl.constexpr = q_slots.dtype
-    HEAD_DIM: gl.constexpr = K_all.shape[1]
+    HEAD_DIM: gl.constexpr = q_slots.shape[4]
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
     HELD: gl.constexpr = gl.DotOperandLayout(0, sums_layout(HEAD_DIM), 2)
     COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     SPLIT: gl.constexpr = HEAD_DIM == 128  # both groups have half of dQ's columns; or take turns
     MINE: gl.constexpr = SPLIT or PARITY == WHICH
     zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
+    K_all = k_slots.index(0 if HOLD else turn >> 30).reshape([KEYS, HEAD_DIM])
+    if not HOLD:
+        K = K_all.slice(WHICH * ROWS, ROWS, 0)
+        V = v_slots.index(WHICH + (turn >> 30)).reshape([ROWS, HEAD_DIM])
     q_slot, do_slot = turn % Q_STAGES, turn % DO_STAGES
     Q = q_slots.index(q_slot).reshape([ROWS, HEAD_DIM])
     dO = do_slots.index(do_slot).reshape([ROWS, HEAD_DIM])
@@ -188,12 +216,12 @@ def one_turn(
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
     P = gl.exp2(S_now * qk_scale - L[None, :])
-    dv = warpgroup_mma(gl.convert_layout(P.to(dtype), HELD), dO, dv, is_async=True)
+    P_half = gl.convert_layout(P.to(dtype), HELD)
     D = d_slots.index(do_slot).load(COLS)
-    dP_now = warpgroup_mma_wait(1, (dP,))
+    dP_now = warpgroup_mma_wait(0, (dP,))
     dS = (P * (dP_now - D[None, :])).to(dtype)
-    tma.store_wait(DQ_SLOTS - 1)
     dS_all.slice(WHICH * ROWS, ROWS, 0).store(dS)
+    dv = warpgroup_mma(P_half, dO, dv, is_async=True)
     fence_async_shared()
     if SPLIT:
         meet(0, True)
@@ -205,24 +233,23 @@ def one_turn(
     if MINE:
         dv, dQ_now = warpgroup_mma_wait(1, (dv, dQ))
     else:
+        # Triton wants one between turns; here warps are close together.
+        gl.thread_barrier()
         dv = warpgroup_mma_wait(1, (dv,))
-    release(do_empty.index(do_slot))
+    hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)
     if MINE:
-        sent = turn if SPLIT else turn // 2
-        dq_slot = dq_slots.index(WHICH * DQ_SLOTS + sent % DQ_SLOTS)
-        send(dq, dq_slot, dQ_now, row, WHICH, SPLIT)
+        send(dq, dq_slots.index(WHICH), dQ_now, row, WHICH, SPLIT)
     dk = warpgroup_mma_wait(0, (dk,))
-    release(q_empty.index(q_slot))
+    hand_back(Q_BARRIERS + q_slot, 2)
     return dk, dv
 
 
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    DQ_SLOTS: gl.constexpr, HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots,
-    dq_slots, out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
+    dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
+    dq_slots, out_slots, kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys of every item, and this group's share of dQ."""
@@ -230,8 +257,7 @@ def consume(
     D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
     KV_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(ROWS), 2)
     STEP: gl.constexpr = 1 if HEAD_DIM == 128 else 2
-    K_all = k_slot.reshape([KEYS, HEAD_DIM])
-    K_here = K_all.slice(WHICH * ROWS, ROWS, 0)
+    K_here = k_slots.index(0).reshape([KEYS, HEAD_DIM]).slice(WHICH * ROWS, ROWS, 0)
     V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
     stage = out_slots.index(WHICH)
     done, ring = 0, 0
@@ -245,18 +271,19 @@ def consume(
         dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         mbarrier.wait(kv_full.index(0), done & 1)
-        K = K_here.load(KV_LAYOUT) if HOLD else K_here
-        V = V_here.load(KV_LAYOUT) if HOLD else V_here
+        K, V = K_here, V_here
+        if HOLD:
+            K, V = K.load(KV_LAYOUT), V.load(KV_LAYOUT)
         for first in range(0, GROUP * per_head, STEP):  # an even number of turns
             for half in gl.static_range(STEP):
                 turn = first + half
                 member, row0 = place(turn, first_row, per_head, GROUP)
                 row = head_row + member * num_queries_padded + row0
                 dk, dv = one_turn(
-                    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, K_all, K, V, ds_slots,
-                    dq_slots, q_full, q_empty, do_full, do_empty, ring + turn, row, row0, key0,
-                    num_keys, qk_scale,
-                    half, WHICH, Q_STAGES, DO_STAGES, DQ_SLOTS, CAUSAL, KEY_TAIL,
+                    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
+                    ds_slots, dq_slots, q_full, do_full, ring + turn, row, row0, key0, num_keys,
+                    qk_scale,
+                    half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
                 )  # fmt: skip
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
@@ -283,7 +310,6 @@ def backward_kernel(
     GROUP: gl.constexpr,
     Q_STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr,
-    DQ_SLOTS: gl.constexpr,
     HOLD: gl.constexpr,
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
@@ -292,38 +318,35 @@ def backward_kernel(
     HEAD_DIM: gl.constexpr = k.block_shape[3]
     q_slots = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
     do_slots = gl.allocate_shared_memory(q.dtype, [DO_STAGES, 1, 1, ROWS, HEAD_DIM], do.layout)
-    k_slot = gl.allocate_shared_memory(q.dtype, [1, 1, KEYS, HEAD_DIM], k.layout)
+    k_slots = gl.allocate_shared_memory(q.dtype, [1, 1, 1, KEYS, HEAD_DIM], k.layout)
     v_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], v.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype)
     ds_slots = gl.allocate_shared_memory(q.dtype, [2, KEYS, ROWS], DS)
-    dq_slots = gl.allocate_shared_memory(gl.float32, [2 * DQ_SLOTS, 128, 32], dq.layout)
+    dq_slots = gl.allocate_shared_memory(gl.float32, [2, 128, 32], dq.layout)
     out_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], dk.layout)
     l_slots = gl.allocate_shared_memory(gl.float32, [Q_STAGES, ROWS], lse2.layout)
     d_slots = gl.allocate_shared_memory(gl.float32, [DO_STAGES, ROWS], delta.layout)
+    gl.static_assert(Q_BARRIERS + Q_STAGES + DO_STAGES <= NUM_BARRIERS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
-    do_empty = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
     mbarrier.init(kv_full.index(0), count=1)
     mbarrier.init(kv_empty.index(0), count=2)
     for stage in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(stage), count=1)
-        mbarrier.init(q_empty.index(stage), count=2)
     for stage in gl.static_range(DO_STAGES):
         mbarrier.init(do_full.index(stage), count=1)
-        mbarrier.init(do_empty.index(stage), count=2)
     fence_async_shared()
     shared = (
-        dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slot, v_slots, ds_slots, dq_slots,
-        out_slots, kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+        dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots, dq_slots,
+        out_slots, kv_full, kv_empty, q_full, do_full,
         items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
     )  # fmt: skip
     fetched = (
-        q, k, v, do, lse2, delta, q_slots, do_slots, k_slot, v_slots, l_slots, d_slots,
-        kv_full, kv_empty, q_full, q_empty, do_full, do_empty,
+        q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
+        kv_full, kv_empty, q_full, do_full,
         items_ptr, num_heads, num_queries_padded,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
@@ -331,13 +354,11 @@ def backward_kernel(
         [
             (
                 consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, DQ_SLOTS, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM)
-                + shared,
+                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (
                 consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, DQ_SLOTS, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM)
-                + shared,
+                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],

@@ -3,6 +3,10 @@
 Barriers: a slot's `full` is signalled by the accelerator's bytes, its `empty` by every warpgroup
 that reads it. In its n-th use a reader waits for parity n & 1 of `full`, the fetching warp for the
 opposite of `empty`.
+
+Slots that come back turn by turn have a named barrier for an `empty`. There every thread arrives
+for itself and goes on; to arrive at one in memory, one thread for its group, the group's warps must
+meet before.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 ROWS = gl.constexpr(64)
 """Rows of one product of a warpgroup."""
-_FIRST_BARRIER = 8
+_FIRST_BARRIER = gl.constexpr(8)
 """Ids below are Triton's own."""
+NUM_BARRIERS = gl.constexpr(8)
+"""Named barriers that kernels have: 0 to 7 here, the hardware's 8 to 15."""
 
 
 @constexpr_function
@@ -41,14 +47,32 @@ def release(empty):
 
 
 @constexpr_function
-def _barrier_text(wait, which):
-    what = "sync" if wait else "arrive"
-    return f"bar.{what} {_FIRST_BARRIER + which}, 256; mov.u32 $0, 0;"
+def _barrier_text(wait, which, num_threads):
+    return f"bar.{'sync' if wait else 'arrive'} {which}, {num_threads}; mov.u32 $0, 0;"
 
 
 @gluon.jit
 def meet(WHICH: gl.constexpr, WAIT: gl.constexpr):
     """Have two warpgroups meet at barrier WHICH; only who waits stays until both have come."""
+    BARRIER: gl.constexpr = _FIRST_BARRIER + WHICH
     gl.inline_asm_elementwise(
-        _barrier_text(WAIT, WHICH), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        _barrier_text(WAIT, BARRIER, 256), "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def hand_back(which, READERS: gl.constexpr):
+    """Say that this thread is done with a slot, at its barrier; all of READERS warpgroups do."""
+    gl.inline_asm_elementwise(
+        _barrier_text(False, "$1", 128 * READERS + 32), "=r,r", [_FIRST_BARRIER + which],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def take_back(which, READERS: gl.constexpr):
+    """Wait, as the fetching warp, until READERS warpgroups are done with a slot."""
+    gl.inline_asm_elementwise(
+        _barrier_text(True, "$1", 128 * READERS + 32), "=r,r", [_FIRST_BARRIER + which],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -34,7 +34,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, item_at, meet, release, sums_layout
+from cs336_systems.attention.hopper_common import (
+    NUM_BARRIERS,
+    ROWS,
+    hand_back,
+    item_at,
+    meet,
+    release,
+    sums_layout,
+    take_back,
+)
 
 LN_2 = gl.constexpr(0.6931471805599453)
 SLACK = gl.constexpr(8.0)
@@ -54,7 +63,7 @@ def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexp
 def produce(
     GROUP: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, v_full,
     items_ptr, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
@@ -65,9 +74,11 @@ def produce(
         row0 = tile * (NUM_GROUPS * ROWS)
         num = num_key_tiles(row0 + NUM_GROUPS * ROWS, num_keys, CAUSAL, BLOCK_N)
         for turn in range(num):
-            slot, parity = (ring + turn) % STAGES, ((ring + turn) // STAGES) & 1 ^ 1
+            at = ring + turn
+            slot = at % STAGES
             key0 = (num - 1 - turn) * BLOCK_N
-            mbarrier.wait(k_empty.index(slot), parity)
+            if at >= STAGES:
+                take_back(NUM_GROUPS + slot, NUM_GROUPS)
             mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 k, [batch, kv_head, key0, 0], k_full.index(slot), k_slots.index(slot)
@@ -80,7 +91,8 @@ def produce(
                         q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
                         q_slots.index(group),
                     )  # fmt: skip
-            mbarrier.wait(v_empty.index(slot), parity)
+            if at >= STAGES:
+                take_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
             mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
@@ -144,8 +156,8 @@ def attend(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, items_ptr, item, num_heads, tile, done, ring, num, num_queries, num_keys, qk_scale,
+    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
+    items_ptr, item, num_heads, tile, done, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend with the 64 queries of warpgroup WHICH in one item, of `num` tiles of keys; return
     the row and the tile of the item that follows."""
@@ -167,9 +179,9 @@ def attend(
         if PING_PONG:
             meet(WHICH, True)  # every group takes as many turns
             meet(NEXT, False)
-        release(k_empty.index(slot))
+        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
         mbarrier.wait(v_full.index(slot), parity)
-        release(v_empty.index(slot))
+        hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
 
     mbarrier.wait(q_full.index(WHICH), done & 1)
     slot = (ring + first) % STAGES
@@ -181,7 +193,7 @@ def attend(
     if PING_PONG:
         meet(NEXT, False)
     S = warpgroup_mma_wait(0, (S,))
-    release(k_empty.index(slot))
+    hand_back(NUM_GROUPS + slot, NUM_GROUPS)
     if CAUSAL or KEY_TAIL:
         cols = (num - 1 - first) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
         last = num_keys - 1 + gl.zeros((ROWS,), gl.int32, S_ROWS)
@@ -207,7 +219,7 @@ def attend(
         if PING_PONG:
             meet(NEXT, False)
         S = warpgroup_mma_wait(1, (S,))
-        release(k_empty.index(slot))
+        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
         m_tile = gl.max(S, 1) * qk_scale
         m_new = gl.where(m_tile > m_i + SLACK, m_tile, m_i)
         alpha = gl.exp2(m_i - m_new)
@@ -215,7 +227,7 @@ def attend(
         l_i = rescale(l_i, alpha) + row_sum(P, BLOCK_N)
         m_i = m_new
         acc = warpgroup_mma_wait(0, (acc,))
-        release(v_empty.index(before))
+        hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)
         acc = times(acc, gl.convert_layout(alpha, O_ROWS)[:, None], HEAD_DIM)
         P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
 
@@ -233,7 +245,7 @@ def attend(
     lse = (m_i + gl.log2(total)) * LN_2
     tma.store_wait(0)  # of the item before
     acc = warpgroup_mma_wait(0, (acc,))
-    release(v_empty.index(slot))
+    hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
     acc = acc * gl.convert_layout(1.0 / total, O_ROWS)[:, None]
     o_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
     fence_async_shared()
@@ -251,8 +263,8 @@ def consume(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, items_ptr, num_heads, num_queries, num_keys, qk_scale,
+    o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
+    items_ptr, num_heads, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
     """Attend in all items of this program with warpgroup WHICH."""
     if PING_PONG and WHICH == NUM_GROUPS - 1:
@@ -264,8 +276,8 @@ def consume(
         num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
         item, tile = attend(
             WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
-            o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty,
-            v_full, v_empty, items_ptr, item, num_heads, tile, done, ring, num, num_queries,
+            o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full,
+            v_full, items_ptr, item, num_heads, tile, done, ring, num, num_queries,
             num_keys, qk_scale,
         )  # fmt: skip
         done += 1
@@ -299,28 +311,26 @@ def forward_kernel(
     k_slots = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout)
     v_slots = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout)
     o_slots = gl.allocate_shared_memory(o.dtype, [NUM_GROUPS, 1, 1, ROWS, HEAD_DIM], o.layout)
+    # Named barriers: the groups' turns, then K's and V's slots.
+    gl.static_assert(NUM_GROUPS + 2 * STAGES <= NUM_BARRIERS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for group in gl.static_range(NUM_GROUPS):
         mbarrier.init(q_full.index(group), count=1)
         mbarrier.init(q_empty.index(group), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=NUM_GROUPS)
-        mbarrier.init(v_empty.index(stage), count=NUM_GROUPS)
     fence_async_shared()
     shared = (
-        o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, k_empty, v_full,
-        v_empty, items_ptr, num_heads, num_queries, num_keys, qk_scale,
+        o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
+        items_ptr, num_heads, num_queries, num_keys, qk_scale,
     )  # fmt: skip
     fetched = (
-        q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, v_full,
         items_ptr, num_keys,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.

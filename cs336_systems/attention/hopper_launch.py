@@ -57,8 +57,6 @@ class BackwardTile:
     q_stages: int
     """Tiles of Q on their way or in use."""
     do_stages: int
-    dq_slots: int
-    """Tiles of dQ on their way out, of each group."""
     hold: bool
     """Whether K and V are held in registers."""
     persistent: bool
@@ -71,8 +69,8 @@ FORWARD = {
 }
 """By head dim, as BACKWARD."""
 BACKWARD = {
-    64: BackwardTile(q_stages=3, do_stages=3, dq_slots=2, hold=True, persistent=True),
-    128: BackwardTile(q_stages=2, do_stages=2, dq_slots=1, hold=False, persistent=True),
+    64: BackwardTile(q_stages=3, do_stages=3, hold=True, persistent=True),
+    128: BackwardTile(q_stages=2, do_stages=2, hold=False, persistent=True),
 }
 
 
@@ -191,7 +189,6 @@ def plan_hopper_backward(
         "GROUP": group,
         "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
-        "DQ_SLOTS": tile.dq_slots,
         "HOLD": tile.hold,
         "CAUSAL": causal,
         "KEY_TAIL": num_keys % KEYS != 0,
