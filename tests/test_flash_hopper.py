@@ -270,6 +270,7 @@ def test_shapes_that_have_run_may_be_captured() -> None:
     graph.replay()
     assert torch.equal(got, want)
     with (
+        pytest.warns(UserWarning, match="Graph is empty"),
         pytest.raises(UsageError, match=r"shapes must have been run once before a CUDA graph"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
