@@ -100,7 +100,7 @@ def ladder() -> Iterator[dict[str, Any]]:
     """Yield the Hopper kernels with one thing changed at a time."""
     changes = {
         "forward": ("nothing", "ping_pong = False", "persistent = False", "num_groups = 2"),
-        "backward": ("nothing", "hold = False", "do_stages = 2", "q_stages = 2"),
+        "backward": ("nothing", "hold = False", "do_stages = 1", "q_stages = 2"),
     }
     for shape in SHAPES[:-1]:
         for which, names in changes.items():

@@ -3,6 +3,7 @@ must err."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,3 +75,15 @@ def assert_within_budget(
         rounding = torch.finfo(mine.dtype).eps * max(magnitude, largest)
         budget = factor * (theirs.double() - exact).abs().max().item() + rounding
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
+
+
+def let_grow(q: Tensor, k: Tensor, per_tile: float) -> None:
+    """Have logits in base 2 grow by so much for each 128 keys towards the first, which the forward
+    kernel comes to last.
+
+    In place; for the default scale.
+    """
+    unit = 4 * q.shape[-1] ** -0.5 * math.log2(math.e)
+    with torch.no_grad():
+        q[..., 0] = 4.0
+        k[..., 0] = torch.arange(k.shape[2], 0, -1, device=k.device) * per_tile / 128 / unit

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numerics import assert_within_budget, term_magnitudes
+from numerics import assert_within_budget, let_grow, term_magnitudes
 from test_flash_triton import LAYOUTS, make, run
 from torch import Tensor
 
@@ -195,10 +194,7 @@ def test_maxima_grow_by_less_and_by_more_than_the_slack(
 ) -> None:
     """Logits grow towards the first keys, which come last, so that O is multiplied or is not."""
     q, k, v, do = make("contiguous", (2, 2), (300, 800), head_dim, torch.bfloat16, batch=1)
-    unit = 4 * head_dim**-0.5 * math.log2(math.e)
-    with torch.no_grad():
-        q[..., 0] = 4.0
-        k[..., 0] = torch.arange(800, 0, -1, device=k.device) * per_tile / 128 / unit
+    let_grow(q, k, per_tile)
     check(q, k, v, do, is_causal=is_causal)
 
 

@@ -12,7 +12,7 @@ import torch
 from gluon_interpreter import Change, InterpreterError, interpret
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import assert_within_budget, term_magnitudes
+from numerics import assert_within_budget, let_grow, term_magnitudes
 from torch import Tensor
 
 from cs336_systems.attention import hopper_launch
@@ -102,17 +102,6 @@ def make(
         for shape in (*shapes, shapes[0])
     )
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do
-
-
-def let_grow(q: Tensor, k: Tensor, per_tile: float) -> None:
-    """Have logits in base 2 grow by so much for each 128 keys towards the first, which come last.
-
-    In place; for the default scale.
-    """
-    unit = 4 * q.shape[-1] ** -0.5 * math.log2(math.e)
-    with torch.no_grad():
-        q[..., 0] = 4.0
-        k[..., 0] = torch.arange(k.shape[2], 0, -1) * per_tile / 128 / unit
 
 
 def check(

@@ -61,18 +61,21 @@ def meet(WHICH: gl.constexpr, WAIT: gl.constexpr):
 
 
 @gluon.jit
-def hand_back(which, READERS: gl.constexpr):
-    """Say that this thread is done with a slot, at its barrier; all of READERS warpgroups do."""
+def _come(which, WAIT: gl.constexpr, READERS: gl.constexpr):
+    """Come to a slot's barrier, where its readers and the fetching warp are expected."""
     gl.inline_asm_elementwise(
-        _barrier_text(False, "$1", 128 * READERS + 32), "=r,r", [_FIRST_BARRIER + which],
+        _barrier_text(WAIT, "$1", 128 * READERS + 32), "=r,r", [_FIRST_BARRIER + which],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
+def hand_back(which, READERS: gl.constexpr):
+    """Say that this thread is done with a slot, at its barrier; all of READERS warpgroups do."""
+    _come(which, False, READERS)
+
+
+@gluon.jit
 def take_back(which, READERS: gl.constexpr):
     """Wait, as the fetching warp, until READERS warpgroups are done with a slot."""
-    gl.inline_asm_elementwise(
-        _barrier_text(True, "$1", 128 * READERS + 32), "=r,r", [_FIRST_BARRIER + which],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    _come(which, True, READERS)
