@@ -1,4 +1,5 @@
-"""`python -m cs336_systems.report FILE... --out reports/`, or `... compare BASE HEAD`."""
+"""`python -m cs336_systems.report FILE... --out reports/`, `... compare BASE HEAD`, or
+`... repeats RUN RUN...`."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from cs336_systems.errors import UsageError, bad
 from cs336_systems.report import verdict
+from cs336_systems.report.cells import markdown_table
 from cs336_systems.report.compare import THRESHOLDS, Rules, compare
 from cs336_systems.report.frame import load
 from cs336_systems.report.publish import publish, replace_files
+from cs336_systems.report.repeats import COMPARED, repeat_tables
 
 _METRICS = ("median", "mean", "min", "q20", "q80")
 
@@ -24,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["compare"]:
             return _compare(_compare_parser().parse_args(arguments[1:]))
+        if arguments[:1] == ["repeats"]:
+            return _repeats(_repeats_parser().parse_args(arguments[1:]))
         return _report(_report_parser().parse_args(arguments))
     except UsageError as error:
         print(error, file=sys.stderr)
@@ -34,7 +39,8 @@ def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cs336_systems.report",
         description="Turn benchmark JSON into tables, plots and a page.",
-        epilog="To hold one run against another: python -m cs336_systems.report compare --help",
+        epilog="To hold one run against another: python -m cs336_systems.report compare --help; "
+        "several runs of one comparison: python -m cs336_systems.report repeats --help",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON or journal")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets the report")
@@ -107,6 +113,24 @@ def _compare(options: argparse.Namespace) -> int:
     print(verdict.table(comparison))
     print(verdict.summary(comparison))
     return 0 if comparison.passed else 1
+
+
+def _repeats_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cs336_systems.report repeats",
+        description="Print, in Markdown, how others compare with our rows over several runs of the "
+        "same cases: the median of the runs' ratios, the least and the most.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="RUN", help="JSON or journal")
+    parser.add_argument("--study", default="attention_shapes", help=", ".join(COMPARED))
+    return parser
+
+
+def _repeats(options: argparse.Namespace) -> int:
+    frames = [load([path]) for path in options.files]
+    for table in repeat_tables(frames, options.study):
+        print(f"## {table.title}\n\n{markdown_table(table)}\n")
+    return 0
 
 
 def _write_json(path: Path, text: str) -> None:
