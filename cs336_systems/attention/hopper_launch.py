@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
+from cs336_systems.attention.hopper_backward3 import backward_kernel as backward_kernel3
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
 from cs336_systems.attention.hopper_schedule import Work, schedule
@@ -25,7 +26,7 @@ from cs336_systems.attention.triton_launch import Launch, fits_tma
 
 GROUP_ROWS = ROWS.value
 KEYS = _KEYS.value
-"""Keys of a program of the backward pass."""
+"""Keys of an item of the backward pass with two groups."""
 _DTYPES = {
     torch.bfloat16: gluon_bfloat16,
     torch.float16: gluon_float16,
@@ -61,6 +62,12 @@ class BackwardTile:
     """Whether K and V are held in registers."""
     persistent: bool
     """As ForwardTile's."""
+    num_groups: int = 2
+    """Warpgroups of 64 keys each; three at head dim 64 only, in a kernel of their own."""
+    hold_v: bool | None = None
+    """Of three groups: whether V is held, if not as K."""
+    unroll: bool = False
+    """Of three groups: whether turns are compiled three at a time, each for its group's dQ."""
 
 
 FORWARD = {
@@ -156,10 +163,13 @@ def plan_hopper_backward(
     """
     batch, num_kv_heads, num_keys, head_dim = k.shape
     tile = tile or BACKWARD[head_dim]
-    num_tiles = triton.cdiv(num_keys, KEYS)
+    is_shipped = tile.num_groups == 2
+    keys = GROUP_ROWS * tile.num_groups
+    num_tiles = triton.cdiv(num_keys, keys)
     group = q.shape[1] // num_kv_heads
     num_rows = delta.shape[2]
-    starts = (min(at * KEYS, num_rows - KEYS) if causal else 0 for at in range(num_tiles))
+    least = KEYS if is_shipped else GROUP_ROWS
+    starts = (min(at * keys, num_rows - least) if causal else 0 for at in range(num_tiles))
     work = Work(
         batch=batch,
         num_heads=num_kv_heads,
@@ -170,7 +180,7 @@ def plan_hopper_backward(
     dq_shape = [dq_sum.numel() // _DQ_BOX[1], _DQ_BOX[1]]
     arguments = {
         "q": _describe(q, GROUP_ROWS),
-        "k": _describe(k, KEYS),
+        "k": _describe(k, keys if is_shipped else GROUP_ROWS),
         "v": _describe(v, GROUP_ROWS),
         "do": _describe(do, GROUP_ROWS),
         "lse2": _describe_rows(lse2),
@@ -189,17 +199,25 @@ def plan_hopper_backward(
         "GROUP": group,
         "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
-        "HOLD": tile.hold,
+        **_held(tile),
         "CAUSAL": causal,
-        "KEY_TAIL": num_keys % KEYS != 0,
+        "KEY_TAIL": num_keys % keys != 0,
     }
     return Launch(
-        kernel=backward_kernel,
+        kernel=backward_kernel if is_shipped else backward_kernel3,
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
         constants=("items_ptr",),
     )
+
+
+def _held(tile: BackwardTile) -> dict[str, bool]:
+    """Return the constants that only one of the backward kernels has."""
+    if tile.num_groups == 2:
+        return {"HOLD": tile.hold}
+    hold_v = tile.hold if tile.hold_v is None else tile.hold_v
+    return {"HOLD_K": tile.hold, "HOLD_V": hold_v, "UNROLL": tile.unroll}
 
 
 def _layout(block: list[int], dtype: torch.dtype) -> Any:
