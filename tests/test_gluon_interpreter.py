@@ -37,8 +37,15 @@ FORWARD_TILES = {
     ],
     128: [FORWARD[128], replace(FORWARD[128], ping_pong=True)],
 }
+THREE_GROUPS = replace(BACKWARD[64], num_groups=3, do_stages=2, hold=False)
 BACKWARD_TILES = {
-    64: [BACKWARD[64], replace(BACKWARD[64], do_stages=2, hold=False, persistent=False)],
+    64: [
+        BACKWARD[64],
+        replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
+        THREE_GROUPS,
+        replace(THREE_GROUPS, hold=True, hold_v=False, unroll=True),
+        replace(THREE_GROUPS, do_stages=3, hold_v=True, persistent=False),
+    ],
     128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
 }
 
@@ -291,8 +298,64 @@ BACKWARD_MISTAKES = {
 }
 
 
+# Of the kernel with three groups.
+BACKWARD3_MISTAKES = {
+    "dS of the other groups not waited for": (
+        "meet(WHICH, True, GROUPS)",
+        "meet(WHICH, False, GROUPS)",
+    ),
+    "dS of one other group not waited for": (
+        "meet(WHICH, True, GROUPS)",
+        "meet(WHICH, True, GROUPS - 1)",
+    ),
+    "two buffers of dS": ("ds_slot = owner * GROUPS", "ds_slot = turn % 2 * GROUPS"),
+    "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
+    "dQ of one group's keys": ("k_slots.index(group + nothing)", "k_slots.index(nothing)"),
+    "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
+    "Q given back a turn early": (
+        "dk = warpgroup_mma_wait(0, (dK,))\n        hand_back(Q_BARRIERS + q_slot, GROUPS)",
+        "hand_back(Q_BARRIERS + q_slot, GROUPS)\n        dk = warpgroup_mma_wait(0, (dK,))",
+    ),
+    "dO read before it is there": (
+        "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
+        "pass",
+    ),
+    "nobody gives dO back": ("hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)", "pass"),
+    "two groups alone give Q back": (
+        "take_back(Q_BARRIERS + q_slot, GROUPS)",
+        "take_back(Q_BARRIERS + q_slot, GROUPS - 1)",
+    ),
+    "Q and dO share barriers": (
+        "hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)",
+        "hand_back(Q_BARRIERS + do_slot, GROUPS)",
+    ),
+    "dV taken while in flight": (
+        "dv, dQ_now = warpgroup_mma_wait(1, (dV, dQ))",
+        "dv, dQ_now = warpgroup_mma_wait(2, (dV, dQ))",
+    ),
+    "K and V of the item before": ("mbarrier.wait(kv_full.index(0), done & 1)", "pass"),
+    "K given back by two groups": ("count=GROUPS)", "count=GROUPS - 1)"),
+    "dK on its way out where the next dS is": (
+        "        tma.store_wait(0)  # dK of the item before: it was where dS will be\n",
+        "",
+    ),
+    "dV on its way out where dS is multiplied": (
+        "ds_slots.index(num_turns % GROUPS * GROUPS + WHICH)",
+        "ds_slots.index((num_turns + 2) % GROUPS * GROUPS + WHICH)",
+    ),
+    "the ring begins anew": ("        ring += num_turns\n", ""),
+    "the first queries left out": (
+        "gl.minimum(key0, num_queries_padded - ROWS)",
+        "gl.minimum(key0 + ROWS, num_queries_padded - ROWS)",
+    ),
+}
+
+
 def is_found(
-    changes: tuple[Change | None, Change | None], head_dim: int, num_orders: int = 8
+    changes: tuple[Change | None, Change | None],
+    head_dim: int,
+    num_orders: int = 8,
+    tile: BackwardTile | None = None,
 ) -> bool:
     """Tell whether one of a few orders shows a mistake."""
     for seed in range(num_orders):
@@ -301,7 +364,7 @@ def is_found(
             if seed % 2:
                 let_grow(*inputs[:2], 20.0)
             try:
-                check(*inputs, seed=seed, is_causal=is_causal, changes=changes)
+                check(*inputs, seed=seed, is_causal=is_causal, tiles=(None, tile), changes=changes)
             except (InterpreterError, AssertionError):
                 return True
     return False
@@ -317,6 +380,11 @@ def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_without_a_mistake_nothing_is_found(head_dim: int) -> None:
-    assert not is_found((None, None), head_dim, num_orders=3)
+@pytest.mark.parametrize("mistake", BACKWARD3_MISTAKES)
+def test_mistakes_of_the_backward_kernel_with_three_groups_are_found(mistake: str) -> None:
+    assert is_found((None, BACKWARD3_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS)])
+def test_without_a_mistake_nothing_is_found(head_dim: int, tile: BackwardTile | None) -> None:
+    assert not is_found((None, None), head_dim, num_orders=3, tile=tile)

@@ -115,11 +115,11 @@ def produce(
 
 
 @gluon.jit
-def times_keys(ds_slots, k_slots, buffer, nothing):
+def times_keys(ds_slots, k_slots, ds_slot, nothing):
     """Begin dQ = dS K, 64 keys at a time. `nothing` is 0: see `one_turn`."""
     dQ = gl.zeros((ROWS, HEAD_DIM), gl.float32, sums_layout(HEAD_DIM))
     for group in gl.static_range(GROUPS):
-        dS = ds_slots.index(buffer * GROUPS + group).reshape([ROWS, ROWS])
+        dS = ds_slots.index(ds_slot + group).reshape([ROWS, ROWS])
         K = k_slots.index(group + nothing).reshape([ROWS, HEAD_DIM])
         dQ = warpgroup_mma(dS.permute((1, 0)), K, dQ, use_acc=group > 0, is_async=True)
     return dQ
@@ -137,11 +137,16 @@ def one_turn(
 
     `turn >> 30` is 0, which the compiler cannot know: addresses that it takes for fixed it computes
     before the loop, more than there are registers for.
+
+    K or V fits beside the rest if dP is asked for once P is there (the assembler then puts the
+    exponentials behind it), P is rounded when dS is there, and dV is done before dQ; else ptxas
+    serializes all products. Both do not fit.
     """
     dtype: gl.constexpr = q_slots.dtype
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
     HELD: gl.constexpr = gl.DotOperandLayout(0, sums_layout(HEAD_DIM), 2)
     COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    LATE: gl.constexpr = HOLD_K or HOLD_V
     zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
     if not HOLD_K:
         K = k_slots.index(WHICH + (turn >> 30)).reshape([ROWS, HEAD_DIM])
@@ -153,10 +158,11 @@ def one_turn(
 
     mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
     S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
-    dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if not LATE:
+        mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
+        dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
     L = l_slots.index(q_slot).load(COLS)
-    S_now = warpgroup_mma_wait(1, (S,))
+    S_now = warpgroup_mma_wait(0 if LATE else 1, (S,))
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     if CAUSAL:  # noqa: SIM102 (known when compiled)
         if row0 < key0 + (WHICH + 1) * ROWS:
@@ -165,21 +171,37 @@ def one_turn(
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
     P = gl.exp2(S_now * qk_scale - L[None, :])
-    P_half = gl.convert_layout(P.to(dtype), HELD)
-    D = d_slots.index(do_slot).load(COLS)
-    dP_now = warpgroup_mma_wait(0, (dP,))
-    dS = (P * (dP_now - D[None, :])).to(dtype)
-    ds_slots.index(owner * GROUPS + WHICH).reshape([ROWS, ROWS]).store(dS)
+    if LATE:
+        mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
+        dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dP_now = warpgroup_mma_wait(0, (dP,))
+        D = d_slots.index(do_slot).load(COLS)
+        dS = (P * (dP_now - D[None, :])).to(dtype)
+        P_half = gl.convert_layout(P.to(dtype), HELD)
+    else:
+        P_half = gl.convert_layout(P.to(dtype), HELD)
+        D = d_slots.index(do_slot).load(COLS)
+        dP_now = warpgroup_mma_wait(0, (dP,))
+        dS = (P * (dP_now - D[None, :])).to(dtype)
+    ds_slot = owner * GROUPS
+    ds_slots.index(ds_slot + WHICH).reshape([ROWS, ROWS]).store(dS)
     dV = warpgroup_mma(P_half, dO, dv, is_async=True)
     fence_async_shared()
     dS_half = gl.convert_layout(dS, HELD)
     if owner == WHICH:
+        if LATE:
+            dv = warpgroup_mma_wait(0, (dV,))
+            if not JOINT:
+                hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
         meet(WHICH, True, GROUPS)
-        dQ = times_keys(ds_slots, k_slots, owner, turn >> 30)
+        dQ = times_keys(ds_slots, k_slots, ds_slot, turn >> 30)
         dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
-        dv, dQ_now = warpgroup_mma_wait(1, (dV, dQ))
-        if not JOINT:
-            hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
+        if LATE:
+            dQ_now = warpgroup_mma_wait(1, (dQ,))
+        else:
+            dv, dQ_now = warpgroup_mma_wait(1, (dV, dQ))
+            if not JOINT:
+                hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
         send(dq, dq_slots.index(WHICH), dQ_now, row, 0, False)
         dk = warpgroup_mma_wait(0, (dK,))
         hand_back(Q_BARRIERS + q_slot, GROUPS)
