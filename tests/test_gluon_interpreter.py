@@ -44,7 +44,7 @@ BACKWARD_TILES = {
         replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
         THREE_GROUPS,
         replace(THREE_GROUPS, hold=True, hold_v=False, unroll=True),
-        replace(THREE_GROUPS, do_stages=3, hold_v=True, persistent=False),
+        replace(THREE_GROUPS, do_stages=3, hold_v=True, dk_first=True, persistent=False),
     ],
     128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
 }
@@ -321,6 +321,10 @@ BACKWARD3_MISTAKES = {
         "pass",
     ),
     "nobody gives dO back": ("hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)", "pass"),
+    "some do not give dO back": (
+        "(dV, dQ))\n            hand_back_do(do_slot, Q_STAGES, JOINT)",
+        "(dV, dQ))",
+    ),
     "two groups alone give Q back": (
         "take_back(Q_BARRIERS + q_slot, GROUPS)",
         "take_back(Q_BARRIERS + q_slot, GROUPS - 1)",

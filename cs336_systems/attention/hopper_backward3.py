@@ -126,11 +126,19 @@ def times_keys(ds_slots, k_slots, ds_slot, nothing):
 
 
 @gluon.jit
+def hand_back_do(do_slot, Q_STAGES: gl.constexpr, JOINT: gl.constexpr):
+    """Say that this thread is done with dO, unless Q's barrier will say it."""
+    if not JOINT:
+        hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
+
+
+@gluon.jit
 def one_turn(
     dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V, ds_slots, dq_slots,
     q_full, do_full, turn, owner, row, row0, key0, num_keys, qk_scale,
     WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, JOINT: gl.constexpr,
-    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
+    CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row: its first query's row in L, D and the dQ buffer. owner: the group that does
     its dQ, known when compiled or not. K and V: this group's, if they are held in registers.
@@ -188,11 +196,26 @@ def one_turn(
     dV = warpgroup_mma(P_half, dO, dv, is_async=True)
     fence_async_shared()
     dS_half = gl.convert_layout(dS, HELD)
-    if owner == WHICH:
+    if DK_FIRST:
+        if owner != WHICH:
+            come_to_meet(owner, GROUPS)
+        dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
+        dv = warpgroup_mma_wait(1, (dV,))
+        hand_back_do(do_slot, Q_STAGES, JOINT)
+        dk = warpgroup_mma_wait(0, (dK,))
+        hand_back(Q_BARRIERS + q_slot, GROUPS)
+        if owner == WHICH:
+            meet(WHICH, True, GROUPS)
+            dQ = times_keys(ds_slots, k_slots, ds_slot, turn >> 30)
+            dQ_now = warpgroup_mma_wait(0, (dQ,))
+            send(dq, dq_slots.index(WHICH), dQ_now, row, 0, False)
+        else:
+            # Triton wants one between turns; here warps are close together.
+            gl.thread_barrier()
+    elif owner == WHICH:
         if LATE:
             dv = warpgroup_mma_wait(0, (dV,))
-            if not JOINT:
-                hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
+            hand_back_do(do_slot, Q_STAGES, JOINT)
         meet(WHICH, True, GROUPS)
         dQ = times_keys(ds_slots, k_slots, ds_slot, turn >> 30)
         dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
@@ -200,19 +223,16 @@ def one_turn(
             dQ_now = warpgroup_mma_wait(1, (dQ,))
         else:
             dv, dQ_now = warpgroup_mma_wait(1, (dV, dQ))
-            if not JOINT:
-                hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
+            hand_back_do(do_slot, Q_STAGES, JOINT)
         send(dq, dq_slots.index(WHICH), dQ_now, row, 0, False)
         dk = warpgroup_mma_wait(0, (dK,))
         hand_back(Q_BARRIERS + q_slot, GROUPS)
     else:
         come_to_meet(owner, GROUPS)
         dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
-        # Triton wants one between turns; here warps are close together.
-        gl.thread_barrier()
+        gl.thread_barrier()  # as above
         dv = warpgroup_mma_wait(1, (dV,))
-        if not JOINT:
-            hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
+        hand_back_do(do_slot, Q_STAGES, JOINT)
         dk = warpgroup_mma_wait(0, (dK,))
         hand_back(Q_BARRIERS + q_slot, GROUPS)
     return dk, dv
@@ -221,8 +241,8 @@ def one_turn(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    JOINT: gl.constexpr, HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, UNROLL: gl.constexpr,
-    CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    JOINT: gl.constexpr, HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
+    UNROLL: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
     dq_slots, kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
@@ -265,7 +285,8 @@ def consume(
                         dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
                         ds_slots, dq_slots, q_full, do_full, ring + turn, owner, row, row0, key0,
                         num_keys, qk_scale,
-                        WHICH, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, CAUSAL, KEY_TAIL,
+                        WHICH, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, CAUSAL,
+                        KEY_TAIL,
                     )  # fmt: skip
         for turn in range(start, num_turns):
             member, row0 = place(turn, first_row, per_head, GROUP)
@@ -274,7 +295,8 @@ def consume(
                 dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
                 ds_slots, dq_slots, q_full, do_full, ring + turn, turn % GROUPS, row, row0, key0,
                 num_keys, qk_scale,
-                WHICH, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, CAUSAL, KEY_TAIL,
+                WHICH, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, CAUSAL,
+                KEY_TAIL,
             )  # fmt: skip
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
@@ -304,6 +326,7 @@ def backward_kernel(
     DO_STAGES: gl.constexpr,
     HOLD_K: gl.constexpr,
     HOLD_V: gl.constexpr,
+    DK_FIRST: gl.constexpr,
     UNROLL: gl.constexpr,
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
@@ -352,17 +375,20 @@ def backward_kernel(
         [
             (
                 consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, UNROLL, CAUSAL, KEY_TAIL)
+                (0, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, UNROLL)
+                + (CAUSAL, KEY_TAIL)
                 + shared,
             ),
             (
                 consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, UNROLL, CAUSAL, KEY_TAIL)
+                (1, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, UNROLL)
+                + (CAUSAL, KEY_TAIL)
                 + shared,
             ),
             (
                 consume,
-                (2, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, UNROLL, CAUSAL, KEY_TAIL)
+                (2, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, UNROLL)
+                + (CAUSAL, KEY_TAIL)
                 + shared,
             ),
             (produce, (GROUP, Q_STAGES, DO_STAGES, JOINT, CAUSAL) + fetched),

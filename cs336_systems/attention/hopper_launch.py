@@ -66,6 +66,8 @@ class BackwardTile:
     """Warpgroups of 64 keys each; three at head dim 64 only, in a kernel of their own."""
     hold_v: bool | None = None
     """Of three groups: whether V is held, if not as K."""
+    dk_first: bool = False
+    """Of three groups: whether the one that does dQ does dK before."""
     unroll: bool = False
     """Of three groups: whether turns are compiled three at a time, each for its group's dQ."""
 
@@ -217,7 +219,7 @@ def _held(tile: BackwardTile) -> dict[str, bool]:
     if tile.num_groups == 2:
         return {"HOLD": tile.hold}
     hold_v = tile.hold if tile.hold_v is None else tile.hold_v
-    return {"HOLD_K": tile.hold, "HOLD_V": hold_v, "UNROLL": tile.unroll}
+    return {"HOLD_K": tile.hold, "HOLD_V": hold_v, "DK_FIRST": tile.dk_first, "UNROLL": tile.unroll}
 
 
 def _layout(block: list[int], dtype: torch.dtype) -> Any:
