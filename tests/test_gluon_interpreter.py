@@ -322,7 +322,7 @@ BACKWARD3_MISTAKES = {
     ),
     "nobody gives dO back": ("hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)", "pass"),
     "some do not give dO back": (
-        "(dV, dQ))\n            hand_back_do(do_slot, Q_STAGES, JOINT)",
+        "(dV, dQ))\n            hand_back_do(do_slot, Q_STAGES, DO_STAGES)",
         "(dV, dQ))",
     ),
     "two groups alone give Q back": (

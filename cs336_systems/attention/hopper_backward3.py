@@ -65,13 +65,13 @@ def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def produce(
-    GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, JOINT: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
     kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded,
 ):  # fmt: skip
     """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
+    JOINT: gl.constexpr = Q_BARRIERS + Q_STAGES + DO_STAGES > NUM_BARRIERS
     done, ring = 0, 0  # items and turns
     tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
     while tile >= 0:
@@ -126,8 +126,9 @@ def times_keys(ds_slots, k_slots, ds_slot, nothing):
 
 
 @gluon.jit
-def hand_back_do(do_slot, Q_STAGES: gl.constexpr, JOINT: gl.constexpr):
+def hand_back_do(do_slot, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr):
     """Say that this thread is done with dO, unless Q's barrier will say it."""
+    JOINT: gl.constexpr = Q_BARRIERS + Q_STAGES + DO_STAGES > NUM_BARRIERS
     if not JOINT:
         hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)
 
@@ -136,7 +137,7 @@ def hand_back_do(do_slot, Q_STAGES: gl.constexpr, JOINT: gl.constexpr):
 def one_turn(
     dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V, ds_slots, dq_slots,
     q_full, do_full, turn, owner, row, row0, key0, num_keys, qk_scale,
-    WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, JOINT: gl.constexpr,
+    WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
     CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -201,7 +202,7 @@ def one_turn(
             come_to_meet(owner, GROUPS)
         dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
         dv = warpgroup_mma_wait(1, (dV,))
-        hand_back_do(do_slot, Q_STAGES, JOINT)
+        hand_back_do(do_slot, Q_STAGES, DO_STAGES)
         dk = warpgroup_mma_wait(0, (dK,))
         hand_back(Q_BARRIERS + q_slot, GROUPS)
         if owner == WHICH:
@@ -215,7 +216,7 @@ def one_turn(
     elif owner == WHICH:
         if LATE:
             dv = warpgroup_mma_wait(0, (dV,))
-            hand_back_do(do_slot, Q_STAGES, JOINT)
+            hand_back_do(do_slot, Q_STAGES, DO_STAGES)
         meet(WHICH, True, GROUPS)
         dQ = times_keys(ds_slots, k_slots, ds_slot, turn >> 30)
         dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
@@ -223,7 +224,7 @@ def one_turn(
             dQ_now = warpgroup_mma_wait(1, (dQ,))
         else:
             dv, dQ_now = warpgroup_mma_wait(1, (dV, dQ))
-            hand_back_do(do_slot, Q_STAGES, JOINT)
+            hand_back_do(do_slot, Q_STAGES, DO_STAGES)
         send(dq, dq_slots.index(WHICH), dQ_now, row, 0, False)
         dk = warpgroup_mma_wait(0, (dK,))
         hand_back(Q_BARRIERS + q_slot, GROUPS)
@@ -232,7 +233,7 @@ def one_turn(
         dK = warpgroup_mma(dS_half, Q, dk, is_async=True)
         gl.thread_barrier()  # as above
         dv = warpgroup_mma_wait(1, (dV,))
-        hand_back_do(do_slot, Q_STAGES, JOINT)
+        hand_back_do(do_slot, Q_STAGES, DO_STAGES)
         dk = warpgroup_mma_wait(0, (dK,))
         hand_back(Q_BARRIERS + q_slot, GROUPS)
     return dk, dv
@@ -241,7 +242,7 @@ def one_turn(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    JOINT: gl.constexpr, HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
+    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
     UNROLL: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
     dq_slots, kv_full, kv_empty, q_full, do_full,
@@ -285,8 +286,7 @@ def consume(
                         dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
                         ds_slots, dq_slots, q_full, do_full, ring + turn, owner, row, row0, key0,
                         num_keys, qk_scale,
-                        WHICH, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, CAUSAL,
-                        KEY_TAIL,
+                        WHICH, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, CAUSAL, KEY_TAIL,
                     )  # fmt: skip
         for turn in range(start, num_turns):
             member, row0 = place(turn, first_row, per_head, GROUP)
@@ -295,8 +295,7 @@ def consume(
                 dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
                 ds_slots, dq_slots, q_full, do_full, ring + turn, turn % GROUPS, row, row0, key0,
                 num_keys, qk_scale,
-                WHICH, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, CAUSAL,
-                KEY_TAIL,
+                WHICH, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, CAUSAL, KEY_TAIL,
             )  # fmt: skip
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
@@ -375,23 +374,20 @@ def backward_kernel(
         [
             (
                 consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, UNROLL)
-                + (CAUSAL, KEY_TAIL)
+                (0, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, UNROLL, CAUSAL, KEY_TAIL)
                 + shared,
             ),
             (
                 consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, UNROLL)
-                + (CAUSAL, KEY_TAIL)
+                (1, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, UNROLL, CAUSAL, KEY_TAIL)
                 + shared,
             ),
             (
                 consume,
-                (2, GROUP, Q_STAGES, DO_STAGES, JOINT, HOLD_K, HOLD_V, DK_FIRST, UNROLL)
-                + (CAUSAL, KEY_TAIL)
+                (2, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, UNROLL, CAUSAL, KEY_TAIL)
                 + shared,
             ),
-            (produce, (GROUP, Q_STAGES, DO_STAGES, JOINT, CAUSAL) + fetched),
+            (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],
         [4, 4, 1],
         [160, 160, 32],
