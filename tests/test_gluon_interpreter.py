@@ -44,7 +44,8 @@ BACKWARD_TILES = {
         replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
         THREE_GROUPS,
         replace(THREE_GROUPS, hold=True, hold_v=False, unroll=True),
-        replace(THREE_GROUPS, do_stages=3, hold_v=True, dk_first=True, persistent=False),
+        replace(THREE_GROUPS, do_stages=3, hold=True, hold_v=False, dk_first=True),
+        replace(THREE_GROUPS, hold_v=True, fold_d=True, persistent=False),
     ],
     128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
 }

@@ -138,7 +138,7 @@ def one_turn(
     dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V, ds_slots, dq_slots,
     q_full, do_full, turn, owner, row, row0, key0, num_keys, qk_scale,
     WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
+    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, FOLD_D: gl.constexpr, DK_FIRST: gl.constexpr,
     CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row: its first query's row in L, D and the dQ buffer. owner: the group that does
@@ -149,7 +149,8 @@ def one_turn(
 
     K or V fits beside the rest if dP is asked for once P is there (the assembler then puts the
     exponentials behind it), P is rounded when dS is there, and dV is done before dQ; else ptxas
-    serializes all products. Both do not fit.
+    serializes all products. Both do not fit. D is then read with few registers to spare, one part
+    after the other; or, FOLD_D, into the sums of dP before its product, for which V is negated.
     """
     dtype: gl.constexpr = q_slots.dtype
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
@@ -182,10 +183,17 @@ def one_turn(
     P = gl.exp2(S_now * qk_scale - L[None, :])
     if LATE:
         mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
-        dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dP_now = warpgroup_mma_wait(0, (dP,))
-        D = d_slots.index(do_slot).load(COLS)
-        dS = (P * (dP_now - D[None, :])).to(dtype)
+        if FOLD_D:
+            D = d_slots.index(do_slot).load(COLS)
+            begun = D[None, :] * (zeros + 1.0)
+            dP = warpgroup_mma(V, dO.permute((1, 0)), begun, is_async=True)
+            dP_now = warpgroup_mma_wait(0, (dP,))  # D - dP
+            dS = (P * -1.0 * dP_now).to(dtype)
+        else:
+            dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dP_now = warpgroup_mma_wait(0, (dP,))
+            D = d_slots.index(do_slot).load(COLS)
+            dS = (P * (dP_now - D[None, :])).to(dtype)
         P_half = gl.convert_layout(P.to(dtype), HELD)
     else:
         P_half = gl.convert_layout(P.to(dtype), HELD)
@@ -242,7 +250,7 @@ def one_turn(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, DK_FIRST: gl.constexpr,
+    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, FOLD_D: gl.constexpr, DK_FIRST: gl.constexpr,
     UNROLL: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
     dq_slots, kv_full, kv_empty, q_full, do_full,
@@ -274,6 +282,8 @@ def consume(
             K = K.load(KV_LAYOUT)
         if HOLD_V:
             V = V.load(KV_LAYOUT)
+        if FOLD_D:
+            V = -V
         start = 0
         if UNROLL:
             start = num_turns - num_turns % GROUPS
@@ -286,7 +296,8 @@ def consume(
                         dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
                         ds_slots, dq_slots, q_full, do_full, ring + turn, owner, row, row0, key0,
                         num_keys, qk_scale,
-                        WHICH, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, CAUSAL, KEY_TAIL,
+                        WHICH, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, FOLD_D, DK_FIRST, CAUSAL,
+                        KEY_TAIL,
                     )  # fmt: skip
         for turn in range(start, num_turns):
             member, row0 = place(turn, first_row, per_head, GROUP)
@@ -295,7 +306,8 @@ def consume(
                 dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
                 ds_slots, dq_slots, q_full, do_full, ring + turn, turn % GROUPS, row, row0, key0,
                 num_keys, qk_scale,
-                WHICH, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, CAUSAL, KEY_TAIL,
+                WHICH, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, FOLD_D, DK_FIRST, CAUSAL,
+                KEY_TAIL,
             )  # fmt: skip
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
@@ -325,6 +337,7 @@ def backward_kernel(
     DO_STAGES: gl.constexpr,
     HOLD_K: gl.constexpr,
     HOLD_V: gl.constexpr,
+    FOLD_D: gl.constexpr,
     DK_FIRST: gl.constexpr,
     UNROLL: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -336,6 +349,7 @@ def backward_kernel(
     """
     gl.static_assert(k.block_shape[3] == HEAD_DIM)
     JOINT: gl.constexpr = Q_BARRIERS + Q_STAGES + DO_STAGES > NUM_BARRIERS
+    gl.static_assert(HOLD_V or not FOLD_D)
     gl.static_assert(not JOINT or Q_STAGES == DO_STAGES)
     gl.static_assert(Q_BARRIERS + Q_STAGES <= NUM_BARRIERS)
     q_slots = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
@@ -374,21 +388,27 @@ def backward_kernel(
         [
             (
                 consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, UNROLL, CAUSAL, KEY_TAIL)
-                + shared,
+                (
+                    0, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, FOLD_D, DK_FIRST, UNROLL,
+                    CAUSAL, KEY_TAIL,
+                ) + shared,
             ),
             (
                 consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, UNROLL, CAUSAL, KEY_TAIL)
-                + shared,
+                (
+                    1, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, FOLD_D, DK_FIRST, UNROLL,
+                    CAUSAL, KEY_TAIL,
+                ) + shared,
             ),
             (
                 consume,
-                (2, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, DK_FIRST, UNROLL, CAUSAL, KEY_TAIL)
-                + shared,
+                (
+                    2, GROUP, Q_STAGES, DO_STAGES, HOLD_K, HOLD_V, FOLD_D, DK_FIRST, UNROLL,
+                    CAUSAL, KEY_TAIL,
+                ) + shared,
             ),
             (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],
         [4, 4, 1],
         [160, 160, 32],
-    )
+    )  # fmt: skip

@@ -66,6 +66,8 @@ class BackwardTile:
     """Warpgroups of 64 keys each; three at head dim 64 only, in a kernel of their own."""
     hold_v: bool | None = None
     """Of three groups: whether V is held, if not as K."""
+    fold_d: bool = False
+    """Of three groups that hold V: whether dP's sums begin with D."""
     dk_first: bool = False
     """Of three groups: whether the one that does dQ does dK before."""
     unroll: bool = False
@@ -219,7 +221,13 @@ def _held(tile: BackwardTile) -> dict[str, bool]:
     if tile.num_groups == 2:
         return {"HOLD": tile.hold}
     hold_v = tile.hold if tile.hold_v is None else tile.hold_v
-    return {"HOLD_K": tile.hold, "HOLD_V": hold_v, "DK_FIRST": tile.dk_first, "UNROLL": tile.unroll}
+    return {
+        "HOLD_K": tile.hold,
+        "HOLD_V": hold_v,
+        "FOLD_D": tile.fold_d,
+        "DK_FIRST": tile.dk_first,
+        "UNROLL": tile.unroll,
+    }
 
 
 def _layout(block: list[int], dtype: torch.dtype) -> Any:
