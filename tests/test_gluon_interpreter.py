@@ -19,6 +19,7 @@ from cs336_systems.attention import hopper_launch
 from cs336_systems.attention.hopper_launch import (
     BACKWARD,
     FORWARD,
+    THREE_GROUPS,
     BackwardTile,
     ForwardTile,
     plan_hopper_backward,
@@ -37,15 +38,12 @@ FORWARD_TILES = {
     ],
     128: [FORWARD[128], replace(FORWARD[128], ping_pong=True)],
 }
-THREE_GROUPS = replace(BACKWARD[64], num_groups=3, do_stages=2, hold=False)
 BACKWARD_TILES = {
     64: [
         BACKWARD[64],
         replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
         THREE_GROUPS,
-        replace(THREE_GROUPS, hold=True, hold_v=False, unroll=True),
-        replace(THREE_GROUPS, do_stages=3, hold=True, hold_v=False, dk_first=True),
-        replace(THREE_GROUPS, hold_v=True, fold_d=True, persistent=False),
+        replace(THREE_GROUPS, q_stages=2, do_stages=2, persistent=False),
     ],
     128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
 }
@@ -300,7 +298,7 @@ BACKWARD_MISTAKES = {
 
 
 # Of the kernel with three groups.
-BACKWARD3_MISTAKES = {
+THREE_GROUPS_MISTAKES = {
     "dS of the other groups not waited for": (
         "meet(WHICH, True, GROUPS)",
         "meet(WHICH, False, GROUPS)",
@@ -313,31 +311,22 @@ BACKWARD3_MISTAKES = {
     "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
     "dQ of one group's keys": ("k_slots.index(group + nothing)", "k_slots.index(nothing)"),
     "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
-    "Q given back a turn early": (
-        "dk = warpgroup_mma_wait(0, (dK,))\n        hand_back(Q_BARRIERS + q_slot, GROUPS)",
-        "hand_back(Q_BARRIERS + q_slot, GROUPS)\n        dk = warpgroup_mma_wait(0, (dK,))",
+    "Q and dO given back a turn early": (
+        "    dv, dk = warpgroup_mma_wait(0, (dV, dK))\n    hand_back(SLOT_BARRIERS + slot, GROUPS)",
+        "    hand_back(SLOT_BARRIERS + slot, GROUPS)\n    dv, dk = warpgroup_mma_wait(0, (dV, dK))",
     ),
-    "dO read before it is there": (
-        "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
-        "pass",
+    "Q read before it is there": ("mbarrier.wait(q_full.index(slot), parity)", "pass"),
+    "dO read before it is there": ("mbarrier.wait(do_full.index(slot), parity)", "pass"),
+    "nobody gives Q and dO back": ("    hand_back(SLOT_BARRIERS + slot, GROUPS)\n", ""),
+    "two groups alone give Q and dO back": (
+        "take_back(SLOT_BARRIERS + slot, GROUPS)",
+        "take_back(SLOT_BARRIERS + slot, GROUPS - 1)",
     ),
-    "nobody gives dO back": ("hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)", "pass"),
-    "some do not give dO back": (
-        "(dV, dQ))\n            hand_back_do(do_slot, Q_STAGES, DO_STAGES)",
-        "(dV, dQ))",
+    "dK taken while in flight": (
+        "dv, dk = warpgroup_mma_wait(0, (dV, dK))",
+        "dv, dk = warpgroup_mma_wait(1, (dV, dK))",
     ),
-    "two groups alone give Q back": (
-        "take_back(Q_BARRIERS + q_slot, GROUPS)",
-        "take_back(Q_BARRIERS + q_slot, GROUPS - 1)",
-    ),
-    "Q and dO share barriers": (
-        "hand_back(Q_BARRIERS + Q_STAGES + do_slot, GROUPS)",
-        "hand_back(Q_BARRIERS + do_slot, GROUPS)",
-    ),
-    "dV taken while in flight": (
-        "dv, dQ_now = warpgroup_mma_wait(1, (dV, dQ))",
-        "dv, dQ_now = warpgroup_mma_wait(2, (dV, dQ))",
-    ),
+    "D added and not taken off": ("D[None, :] * (zeros + 1.0)", "D[None, :] * (zeros - 1.0)"),
     "K and V of the item before": ("mbarrier.wait(kv_full.index(0), done & 1)", "pass"),
     "K given back by two groups": ("count=GROUPS)", "count=GROUPS - 1)"),
     "dK on its way out where the next dS is": (
@@ -345,8 +334,8 @@ BACKWARD3_MISTAKES = {
         "",
     ),
     "dV on its way out where dS is multiplied": (
-        "ds_slots.index(num_turns % GROUPS * GROUPS + WHICH)",
-        "ds_slots.index((num_turns + 2) % GROUPS * GROUPS + WHICH)",
+        "ds_slots.index((ring + num_turns) % GROUPS * GROUPS + WHICH)",
+        "ds_slots.index((ring + num_turns + 2) % GROUPS * GROUPS + WHICH)",
     ),
     "the ring begins anew": ("        ring += num_turns\n", ""),
     "the first queries left out": (
@@ -385,9 +374,9 @@ def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
 
 
-@pytest.mark.parametrize("mistake", BACKWARD3_MISTAKES)
+@pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)
 def test_mistakes_of_the_backward_kernel_with_three_groups_are_found(mistake: str) -> None:
-    assert is_found((None, BACKWARD3_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
+    assert is_found((None, THREE_GROUPS_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
 
 
 @pytest.mark.parametrize(("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS)])
