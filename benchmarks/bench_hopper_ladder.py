@@ -17,8 +17,10 @@ from torch import Tensor
 from cs336_systems.attention.hopper_launch import (
     BACKWARD,
     FORWARD,
+    THREE_GROUPS,
     BackwardTile,
     ForwardTile,
+    backward_tile,
     plan_hopper_backward,
     plan_hopper_forward,
 )
@@ -44,6 +46,8 @@ CHANGES: dict[tuple[str, int], dict[str, Any]] = {
     ("backward", 64): {"hold": None, "do_stages": 1, "persistent": None},
     ("backward", 128): {"persistent": None},
 }
+OF_THREE_GROUPS = ("persistent",)
+"""What of it can be changed where three groups work together, a kernel of its own."""
 
 
 class Rung(NamedTuple):
@@ -60,12 +64,20 @@ class Rung(NamedTuple):
 
 def rungs(shape: Shape, which: str) -> list[Rung]:
     """Return a pass as it is shipped, and with each change."""
-    shipped: Any = FORWARD[shape.d] if which == "forward" else BACKWARD[shape.d]
+    shipped: Any = FORWARD[shape.d]
+    if which == "backward":
+        shipped = backward_tile(shape.d, shape.seq, causal=shape.causal)
     found = [Rung(shape, which, NOTHING, shipped)]
     for field, value in CHANGES[which, shape.d].items():
+        if shipped == THREE_GROUPS and field not in OF_THREE_GROUPS:
+            continue
         other = not getattr(shipped, field) if value is None else value
         changed = replace(shipped, **{field: other})
         found.append(Rung(shape, which, f"{field} = {other}", changed))
+    if which == "backward" and shape.d == 64:
+        other_kernel = BACKWARD[64] if shipped == THREE_GROUPS else THREE_GROUPS
+        changed_to = f"num_groups = {other_kernel.num_groups}"
+        found.append(Rung(shape, which, changed_to, other_kernel))
     return found
 
 
@@ -127,8 +139,8 @@ class Kernels:
         )
         self._num_rows = triton.cdiv(seq, ROWS_MULTIPLE) * ROWS_MULTIPLE
         self._o, self._lse = self._new_output()
-        self._shipped = (FORWARD[head_dim], BACKWARD[head_dim])
-        self._forward(self._shipped[0], self._o, self._lse)()
+        self._shipped = backward_tile(head_dim, seq, causal=self._causal)
+        self._forward(FORWARD[head_dim], self._o, self._lse)()
 
     def forward(self, tile: ForwardTile) -> Callable[[], None]:
         """Return the launch of the forward pass."""
@@ -146,13 +158,17 @@ class Kernels:
         assert torch.equal(lse, self._lse)
 
     def check_backward(self, tile: BackwardTile) -> None:
-        """Hold dK and dV to the shipped ones bit by bit, dQ to what another order changes."""
+        """Hold dK and dV to the shipped ones bit by bit, dQ to what another order changes; the
+        other kernel's, which takes D off elsewhere, to its roundings."""
         wanted, got = self._new_gradients(), self._new_gradients()
-        self._backward(self._shipped[1], *wanted)()
+        self._backward(self._shipped, *wanted)()
         self._backward(tile, *got)()
-        torch.testing.assert_close(
-            got[0], wanted[0], rtol=torch.finfo(torch.bfloat16).eps, atol=2**-20
-        )
+        eps = torch.finfo(torch.bfloat16).eps
+        if tile.num_groups != self._shipped.num_groups:
+            for one, other in zip(got, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=2 * eps, atol=2**-10)
+            return
+        torch.testing.assert_close(got[0], wanted[0], rtol=eps, atol=2**-20)
         assert torch.equal(got[1], wanted[1])
         assert torch.equal(got[2], wanted[2])
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 _HERE = "cs336_systems.attention."
-_SHARED_MODULES = ("hopper_common",)
+_SHARED_MODULES = ("hopper_common", "hopper_backward")
 
 
 class InterpreterError(Exception):
@@ -528,10 +528,15 @@ def _interpreted(name: str, change: Change | None) -> ModuleType:
     with mock.patch.dict(sys.modules, _modules()):
         for shared in _SHARED_MODULES:
             sys.modules[_HERE + shared] = _run_source(_HERE + shared)
+            _stand_in(sys.modules[_HERE + shared])
         module = _run_source(name, change)
+    _stand_in(module)
+    return module
+
+
+def _stand_in(module: ModuleType) -> None:
     for replaced, function in _OF_THE_COMPILER.items():
         setattr(module, replaced, function)
-    return module
 
 
 # What the kernels make from the compiler's own names, and what asks for a layout.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from numerics import assert_within_budget, let_grow, term_magnitudes
 from test_flash_triton import LAYOUTS, make, run
 from torch import Tensor
 
-from cs336_systems.attention import flash_hopper, triton_launch, triton_run
+from cs336_systems.attention import flash_hopper, hopper_launch, triton_launch, triton_run
 from cs336_systems.attention.flash_hopper import flash_attention, flash_attention_hopper
 from cs336_systems.attention.flash_triton import flash_attention_forward, flash_attention_triton
 from cs336_systems.attention.plain import scaled_dot_prod_attention
@@ -172,6 +175,57 @@ def test_any_shape_layout_and_scale(
     heads, lengths = (group * kv_heads, kv_heads), (num_queries, num_keys)
     inputs = make(layout, heads, lengths, head_dim, dtype, seed, 2)
     check(*inputs, is_causal=is_causal, scale=scale)
+
+
+@contextmanager
+def three_groups() -> Iterator[None]:
+    """Have head dim 64 take the kernel of long sequences, whatever the length."""
+    always = mock.patch.dict(hopper_launch.THREE_GROUPS_KEYS, {True: 0, False: 0})
+    with always, mock.patch.object(triton_run, "_REPLAYS", {}):
+        yield
+
+
+@on_hopper
+@given(
+    seed=st.integers(0, 2**16),
+    layout=st.sampled_from(LAYOUTS),
+    group=st.sampled_from([1, 2, 3]),
+    num_queries=st.sampled_from(EDGES),
+    num_keys=st.sampled_from(EDGES),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    is_causal=st.booleans(),
+)
+@example(0, "contiguous", 1, 1, 1, torch.float16, True)
+@example(0, "fused qkv", 2, 129, 65, torch.float16, True)
+@example(0, "padded", 3, 65, 449, torch.bfloat16, False)
+def test_three_groups_on_any_shape(
+    seed: int,
+    layout: str,
+    group: int,
+    num_queries: int,
+    num_keys: int,
+    dtype: torch.dtype,
+    is_causal: bool,
+) -> None:
+    with three_groups():
+        inputs = make(layout, (group, 1), (num_queries, num_keys), 64, dtype, seed, 2)
+        check(*inputs, is_causal=is_causal)
+
+
+@on_hopper
+@pytest.mark.parametrize(("is_causal", "num_keys"), [(False, 2048), (True, 8192)])
+def test_long_sequences_take_three_groups(is_causal: bool, num_keys: int) -> None:
+    """The row's own choice, held to fp64 and to itself a hundred times: dK and dV bit by bit."""
+    inputs = make("contiguous", (2, 1), (num_keys, num_keys), 64, torch.bfloat16, batch=1)
+    chosen = hopper_launch.backward_tile(64, num_keys, causal=is_causal)
+    assert chosen == hopper_launch.THREE_GROUPS
+    check(*inputs, is_causal=is_causal)
+    _, dq, dk, dv = run(flash_attention_hopper, *inputs, is_causal=is_causal)
+    for _ in range(100):
+        _, *again = run(flash_attention_hopper, *inputs, is_causal=is_causal)
+        assert torch.equal(again[1], dk)
+        assert torch.equal(again[2], dv)
+        torch.testing.assert_close(again[0], dq, rtol=torch.finfo(torch.bfloat16).eps, atol=2**-20)
 
 
 @on_hopper

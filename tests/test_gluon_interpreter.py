@@ -19,6 +19,7 @@ from cs336_systems.attention import hopper_launch
 from cs336_systems.attention.hopper_launch import (
     BACKWARD,
     FORWARD,
+    THREE_GROUPS,
     BackwardTile,
     ForwardTile,
     plan_hopper_backward,
@@ -38,7 +39,12 @@ FORWARD_TILES = {
     128: [FORWARD[128], replace(FORWARD[128], ping_pong=True)],
 }
 BACKWARD_TILES = {
-    64: [BACKWARD[64], replace(BACKWARD[64], do_stages=2, hold=False, persistent=False)],
+    64: [
+        BACKWARD[64],
+        replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
+        THREE_GROUPS,
+        replace(THREE_GROUPS, q_stages=2, do_stages=2, persistent=False),
+    ],
     128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
 }
 
@@ -291,8 +297,59 @@ BACKWARD_MISTAKES = {
 }
 
 
+# Of the kernel with three groups.
+THREE_GROUPS_MISTAKES = {
+    "dS of the other groups not waited for": (
+        "meet(WHICH, True, GROUPS)",
+        "meet(WHICH, False, GROUPS)",
+    ),
+    "dS of one other group not waited for": (
+        "meet(WHICH, True, GROUPS)",
+        "meet(WHICH, True, GROUPS - 1)",
+    ),
+    "two buffers of dS": ("ds_slot = owner * GROUPS", "ds_slot = turn % 2 * GROUPS"),
+    "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
+    "dQ of one group's keys": ("k_slots.index(group + nothing)", "k_slots.index(nothing)"),
+    "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
+    "Q and dO given back a turn early": (
+        "    dv, dk = warpgroup_mma_wait(0, (dV, dK))\n    hand_back(SLOT_BARRIERS + slot, GROUPS)",
+        "    hand_back(SLOT_BARRIERS + slot, GROUPS)\n    dv, dk = warpgroup_mma_wait(0, (dV, dK))",
+    ),
+    "Q read before it is there": ("mbarrier.wait(q_full.index(slot), parity)", "pass"),
+    "dO read before it is there": ("mbarrier.wait(do_full.index(slot), parity)", "pass"),
+    "nobody gives Q and dO back": ("    hand_back(SLOT_BARRIERS + slot, GROUPS)\n", ""),
+    "two groups alone give Q and dO back": (
+        "take_back(SLOT_BARRIERS + slot, GROUPS)",
+        "take_back(SLOT_BARRIERS + slot, GROUPS - 1)",
+    ),
+    "dK taken while in flight": (
+        "dv, dk = warpgroup_mma_wait(0, (dV, dK))",
+        "dv, dk = warpgroup_mma_wait(1, (dV, dK))",
+    ),
+    "D added and not taken off": ("D[None, :] * (zeros + 1.0)", "D[None, :] * (zeros - 1.0)"),
+    "K and V of the item before": ("mbarrier.wait(kv_full.index(0), done & 1)", "pass"),
+    "K given back by two groups": ("count=GROUPS)", "count=GROUPS - 1)"),
+    "dK on its way out where the next dS is": (
+        "        tma.store_wait(0)  # dK of the item before: it was where dS will be\n",
+        "",
+    ),
+    "dV on its way out where dS is multiplied": (
+        "ds_slots.index((ring + num_turns) % GROUPS * GROUPS + WHICH)",
+        "ds_slots.index((ring + num_turns + 2) % GROUPS * GROUPS + WHICH)",
+    ),
+    "the ring begins anew": ("        ring += num_turns\n", ""),
+    "the first queries left out": (
+        "gl.minimum(key0, num_queries_padded - ROWS)",
+        "gl.minimum(key0 + ROWS, num_queries_padded - ROWS)",
+    ),
+}
+
+
 def is_found(
-    changes: tuple[Change | None, Change | None], head_dim: int, num_orders: int = 8
+    changes: tuple[Change | None, Change | None],
+    head_dim: int,
+    num_orders: int = 8,
+    tile: BackwardTile | None = None,
 ) -> bool:
     """Tell whether one of a few orders shows a mistake."""
     for seed in range(num_orders):
@@ -301,7 +358,7 @@ def is_found(
             if seed % 2:
                 let_grow(*inputs[:2], 20.0)
             try:
-                check(*inputs, seed=seed, is_causal=is_causal, changes=changes)
+                check(*inputs, seed=seed, is_causal=is_causal, tiles=(None, tile), changes=changes)
             except (InterpreterError, AssertionError):
                 return True
     return False
@@ -317,6 +374,11 @@ def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_without_a_mistake_nothing_is_found(head_dim: int) -> None:
-    assert not is_found((None, None), head_dim, num_orders=3)
+@pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)
+def test_mistakes_of_the_backward_kernel_with_three_groups_are_found(mistake: str) -> None:
+    assert is_found((None, THREE_GROUPS_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS)])
+def test_without_a_mistake_nothing_is_found(head_dim: int, tile: BackwardTile | None) -> None:
+    assert not is_found((None, None), head_dim, num_orders=3, tile=tile)

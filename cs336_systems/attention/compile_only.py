@@ -24,7 +24,12 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cs336_systems.attention.hopper_launch import plan_hopper_backward, plan_hopper_forward
+from cs336_systems.attention.hopper_launch import (
+    BACKWARD,
+    THREE_GROUPS,
+    plan_hopper_backward,
+    plan_hopper_forward,
+)
 from cs336_systems.attention.tiles import ROWS_MULTIPLE, Tile, Tiles, choose, head_pad
 from cs336_systems.attention.triton_launch import (
     Launch,
@@ -247,7 +252,14 @@ def hopper_launches(
     dq_sum = _meta(batch * heads * rows, head_dim)
     how: dict[str, Any] = {"causal": causal, "scale": head_dim**-0.5}
     yield "forward", plan_hopper_forward(q, k, v, o, lse, **how)
-    yield "backward", plan_hopper_backward(q, k, v, do, lse2, delta, dq_sum, dk, dv, **how)
+    kernels = {"backward": BACKWARD[head_dim]}
+    if head_dim == 64:
+        kernels["backward, three groups"] = THREE_GROUPS
+    for name, tile in kernels.items():
+        yield (
+            name,
+            plan_hopper_backward(q, k, v, do, lse2, delta, dq_sum, dk, dv, **how, tile=tile),
+        )
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

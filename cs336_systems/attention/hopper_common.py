@@ -52,19 +52,25 @@ def _barrier_text(wait, which, num_threads):
 
 
 @gluon.jit
-def meet(WHICH: gl.constexpr, WAIT: gl.constexpr):
-    """Have two warpgroups meet at barrier WHICH; only who waits stays until both have come."""
+def meet(WHICH: gl.constexpr, WAIT: gl.constexpr, GROUPS: gl.constexpr = 2):
+    """Have warpgroups meet at barrier WHICH; only who waits stays until all have come."""
     BARRIER: gl.constexpr = _FIRST_BARRIER + WHICH
     gl.inline_asm_elementwise(
-        _barrier_text(WAIT, BARRIER, 256), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        _barrier_text(WAIT, BARRIER, 128 * GROUPS), "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def _come(which, WAIT: gl.constexpr, READERS: gl.constexpr):
-    """Come to a slot's barrier, where its readers and the fetching warp are expected."""
+def come_to_meet(which, GROUPS: gl.constexpr):
+    """As `meet` without waiting, where the barrier is known only at run time."""
+    _come(which, False, 128 * GROUPS)
+
+
+@gluon.jit
+def _come(which, WAIT: gl.constexpr, NUM_THREADS: gl.constexpr):
+    """Come to a barrier where so many threads are expected."""
     gl.inline_asm_elementwise(
-        _barrier_text(WAIT, "$1", 128 * READERS + 32), "=r,r", [_FIRST_BARRIER + which],
+        _barrier_text(WAIT, "$1", NUM_THREADS), "=r,r", [_FIRST_BARRIER + which],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -72,10 +78,10 @@ def _come(which, WAIT: gl.constexpr, READERS: gl.constexpr):
 @gluon.jit
 def hand_back(which, READERS: gl.constexpr):
     """Say that this thread is done with a slot, at its barrier; all of READERS warpgroups do."""
-    _come(which, False, READERS)
+    _come(which, False, 128 * READERS + 32)
 
 
 @gluon.jit
 def take_back(which, READERS: gl.constexpr):
     """Wait, as the fetching warp, until READERS warpgroups are done with a slot."""
-    _come(which, True, READERS)
+    _come(which, True, 128 * READERS + 32)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
+from cs336_systems.attention.hopper_backward_three import backward_kernel as kernel_of_three
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
 from cs336_systems.attention.hopper_schedule import Work, schedule
@@ -25,7 +26,7 @@ from cs336_systems.attention.triton_launch import Launch, fits_tma
 
 GROUP_ROWS = ROWS.value
 KEYS = _KEYS.value
-"""Keys of a program of the backward pass."""
+"""Keys of an item of the backward pass with two groups."""
 _DTYPES = {
     torch.bfloat16: gluon_bfloat16,
     torch.float16: gluon_float16,
@@ -61,6 +62,9 @@ class BackwardTile:
     """Whether K and V are held in registers."""
     persistent: bool
     """As ForwardTile's."""
+    num_groups: int = 2
+    """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel, which holds V alone
+    and gives Q and dO back together."""
 
 
 FORWARD = {
@@ -72,6 +76,19 @@ BACKWARD = {
     64: BackwardTile(q_stages=3, do_stages=3, hold=True, persistent=True),
     128: BackwardTile(q_stages=2, do_stages=2, hold=False, persistent=True),
 }
+
+
+THREE_GROUPS = BackwardTile(q_stages=3, do_stages=3, hold=True, persistent=True, num_groups=3)
+THREE_GROUPS_KEYS = {True: 8192, False: 2048}
+"""By whether the mask is causal: from how many keys on three groups are faster. Fewer tiles of 192
+keys are dealt out less evenly, and more of one is masked."""
+
+
+def backward_tile(head_dim: int, num_keys: int, *, causal: bool) -> BackwardTile:
+    """Return the tile for so many keys."""
+    if head_dim == 64 and num_keys >= THREE_GROUPS_KEYS[causal]:
+        return THREE_GROUPS
+    return BACKWARD[head_dim]
 
 
 @functools.cache
@@ -155,11 +172,14 @@ def plan_hopper_backward(
     lane 2, element 1); in memory they are block, warp, row, lane, half, element.
     """
     batch, num_kv_heads, num_keys, head_dim = k.shape
-    tile = tile or BACKWARD[head_dim]
-    num_tiles = triton.cdiv(num_keys, KEYS)
+    tile = tile or backward_tile(head_dim, num_keys, causal=causal)
+    is_pair = tile.num_groups == 2
+    keys = GROUP_ROWS * tile.num_groups
+    num_tiles = triton.cdiv(num_keys, keys)
     group = q.shape[1] // num_kv_heads
     num_rows = delta.shape[2]
-    starts = (min(at * KEYS, num_rows - KEYS) if causal else 0 for at in range(num_tiles))
+    least = KEYS if is_pair else GROUP_ROWS
+    starts = (min(at * keys, num_rows - least) if causal else 0 for at in range(num_tiles))
     work = Work(
         batch=batch,
         num_heads=num_kv_heads,
@@ -170,7 +190,7 @@ def plan_hopper_backward(
     dq_shape = [dq_sum.numel() // _DQ_BOX[1], _DQ_BOX[1]]
     arguments = {
         "q": _describe(q, GROUP_ROWS),
-        "k": _describe(k, KEYS),
+        "k": _describe(k, keys if is_pair else GROUP_ROWS),
         "v": _describe(v, GROUP_ROWS),
         "do": _describe(do, GROUP_ROWS),
         "lse2": _describe_rows(lse2),
@@ -187,19 +207,24 @@ def plan_hopper_backward(
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
         "GROUP": group,
-        "Q_STAGES": tile.q_stages,
-        "DO_STAGES": tile.do_stages,
-        "HOLD": tile.hold,
+        **_constants(tile),
         "CAUSAL": causal,
-        "KEY_TAIL": num_keys % KEYS != 0,
+        "KEY_TAIL": num_keys % keys != 0,
     }
     return Launch(
-        kernel=backward_kernel,
+        kernel=backward_kernel if is_pair else kernel_of_three,
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
         constants=("items_ptr",),
     )
+
+
+def _constants(tile: BackwardTile) -> dict[str, int | bool]:
+    """Return what a tile sets in its kernel."""
+    if tile.num_groups == 3:
+        return {"STAGES": tile.q_stages}
+    return {"Q_STAGES": tile.q_stages, "DO_STAGES": tile.do_stages, "HOLD": tile.hold}
 
 
 def _layout(block: list[int], dtype: torch.dtype) -> Any:

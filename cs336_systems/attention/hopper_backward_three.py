@@ -1,0 +1,292 @@
+"""FlashAttention's backward pass on Hopper for head dim 64 with three warpgroups that compute.
+
+As `hopper_backward`, but an item of work is 192 keys, and 160 registers a thread are left. All
+three groups go through the same turns of 64 queries; dQ of a turn, which needs the dS of all, is
+computed and sent by one of them, each in one of three turns. The others only say that their dS is
+there and go on, so that one group's products run beside another's exponentials.
+
+A group that is ahead may write dS of a turn while a slower one still multiplies that of an earlier
+one: two turns before, but not three, since in between it has been the one who waits for all others.
+So there are three buffers of dS. The one that a turn after the last would have is where a group
+puts dV and dK on their way out.
+
+A turn of a group, with what the tensor cores do meanwhile in brackets:
+  S^T = K Q^T
+  dP^T - D = V dO^T - D
+  P^T = exp2(S^T - L)                       [dP^T]
+  dS^T = P^T (dP^T - D), published
+  dV += P^T dO, dK += dS^T Q
+  if it is this group's, wait for the others' dS^T, dQ = dS K, send it off
+
+V is held in registers and K is not: there is room for one of them. D goes into the sums of dP
+before its product, for which V is negated; else its reads from shared memory would be the last
+thing a turn waits for. In the source P comes before dP is asked for, since the other order makes
+ptxas serialize all products; it puts most exponentials behind dP by itself.
+"""
+
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from cs336_systems.attention.hopper_backward import place, send, store_rows
+from cs336_systems.attention.hopper_common import (
+    NUM_BARRIERS,
+    ROWS,
+    come_to_meet,
+    hand_back,
+    item_at,
+    meet,
+    release,
+    sums_layout,
+    take_back,
+)
+
+GROUPS = gl.constexpr(3)
+KEYS = gl.constexpr(192)
+HEAD_DIM = gl.constexpr(64)
+SLOT_BARRIERS = gl.constexpr(3)
+"""Named barriers: one for each group to meet the others at, then those of the slots of Q and dO,
+which come back together."""
+
+
+@gluon.jit
+def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
+    """Return the first query to go through."""
+    first_row = 0
+    if CAUSAL:  # Of keys that no query sees, the last queries' scores are all masked.
+        first_row = gl.minimum(key0, num_queries_padded - ROWS)
+    return first_row
+
+
+@gluon.jit
+def produce(
+    GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
+    kv_full, kv_empty, q_full, do_full,
+    items_ptr, num_heads, num_queries_padded,
+):  # fmt: skip
+    """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
+    done, ring = 0, 0  # items and turns
+    tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
+    while tile >= 0:
+        key0 = tile * KEYS
+        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+        per_head = (num_queries_padded - first_row) // ROWS
+        mbarrier.wait(kv_empty.index(0), done & 1 ^ 1)
+        mbarrier.expect(kv_full.index(0), GROUPS * (k.block_type.nbytes + v.block_type.nbytes))
+        for group in gl.static_range(GROUPS):
+            box = [batch, kv_head, key0 + group * ROWS, 0]
+            tma.async_copy_global_to_shared(k, box, kv_full.index(0), k_slots.index(group))
+            tma.async_copy_global_to_shared(v, box, kv_full.index(0), v_slots.index(group))
+        for turn in range(GROUP * per_head):
+            member, row0 = place(turn, first_row, per_head, GROUP)
+            head = kv_head * GROUP + member
+            row = (batch * num_heads + head) * num_queries_padded + row0
+            at = ring + turn
+            slot = at % STAGES
+            if at >= STAGES:
+                take_back(SLOT_BARRIERS + slot, GROUPS)
+            mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse2.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q, [batch, head, row0, 0], q_full.index(slot), q_slots.index(slot)
+            )
+            tma.async_copy_global_to_shared(lse2, [row], q_full.index(slot), l_slots.index(slot))
+            mbarrier.expect(do_full.index(slot), do.block_type.nbytes + delta.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                do, [batch, head, row0, 0], do_full.index(slot), do_slots.index(slot)
+            )
+            tma.async_copy_global_to_shared(delta, [row], do_full.index(slot), d_slots.index(slot))
+        done += 1
+        ring += GROUP * per_head
+        tile, batch, kv_head, following = item_at(items_ptr, following)
+
+
+@gluon.jit
+def times_keys(ds_slots, k_slots, ds_slot, nothing):
+    """Begin dQ = dS K, 64 keys at a time. `nothing` is 0: see `one_turn`."""
+    dQ = gl.zeros((ROWS, HEAD_DIM), gl.float32, sums_layout(HEAD_DIM))
+    for group in gl.static_range(GROUPS):
+        dS = ds_slots.index(ds_slot + group).reshape([ROWS, ROWS])
+        K = k_slots.index(group + nothing).reshape([ROWS, HEAD_DIM])
+        dQ = warpgroup_mma(dS.permute((1, 0)), K, dQ, use_acc=group > 0, is_async=True)
+    return dQ
+
+
+@gluon.jit
+def one_turn(
+    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots, dq_slots,
+    q_full, do_full, turn, row, row0, key0, num_keys, qk_scale,
+    WHICH: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+):  # fmt: skip
+    """One turn. row: its first query's row in L, D and the dQ buffer.
+
+    `turn >> 30` is 0, which the compiler cannot know: addresses that it takes for fixed it computes
+    before the loop, more than there are registers for.
+    """
+    dtype: gl.constexpr = q_slots.dtype
+    S_LAYOUT: gl.constexpr = sums_layout(ROWS)
+    HELD: gl.constexpr = gl.DotOperandLayout(0, sums_layout(HEAD_DIM), 2)
+    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
+    K = k_slots.index(WHICH + (turn >> 30)).reshape([ROWS, HEAD_DIM])
+    slot, parity, owner = turn % STAGES, (turn // STAGES) & 1, turn % GROUPS
+    Q = q_slots.index(slot).reshape([ROWS, HEAD_DIM])
+    dO = do_slots.index(slot).reshape([ROWS, HEAD_DIM])
+
+    mbarrier.wait(q_full.index(slot), parity)
+    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    L = l_slots.index(slot).load(COLS)
+    S_now = warpgroup_mma_wait(0, (S,))
+    keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    if CAUSAL:  # noqa: SIM102 (known when compiled)
+        if row0 < key0 + (WHICH + 1) * ROWS:
+            rows = row0 + gl.arange(0, ROWS, COLS)
+            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
+    if KEY_TAIL:
+        S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
+    P = gl.exp2(S_now * qk_scale - L[None, :])
+    mbarrier.wait(do_full.index(slot), parity)
+    D = d_slots.index(slot).load(COLS)
+    rest = warpgroup_mma(minus_V, dO.permute((1, 0)), D[None, :] * (zeros + 1.0), is_async=True)
+    rest_now = warpgroup_mma_wait(0, (rest,))  # D - dP
+    dS = (P * -1.0 * rest_now).to(dtype)
+    P_half = gl.convert_layout(P.to(dtype), HELD)
+    ds_slot = owner * GROUPS
+    ds_slots.index(ds_slot + WHICH).reshape([ROWS, ROWS]).store(dS)
+    dV = warpgroup_mma(P_half, dO, dv, is_async=True)
+    fence_async_shared()
+    if owner != WHICH:
+        come_to_meet(owner, GROUPS)
+    dK = warpgroup_mma(gl.convert_layout(dS, HELD), Q, dk, is_async=True)
+    dv, dk = warpgroup_mma_wait(0, (dV, dK))
+    hand_back(SLOT_BARRIERS + slot, GROUPS)
+    if owner == WHICH:
+        meet(WHICH, True, GROUPS)
+        dQ = times_keys(ds_slots, k_slots, ds_slot, turn >> 30)
+        dQ_now = warpgroup_mma_wait(0, (dQ,))
+        send(dq, dq_slots.index(WHICH), dQ_now, row, 0, False)
+    else:
+        # Triton wants one between turns; here warps are close together.
+        gl.thread_barrier()
+    return dk, dv
+
+
+@gluon.jit
+def consume(
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr,
+    dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
+    dq_slots, kv_full, kv_empty, q_full, do_full,
+    items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
+):  # fmt: skip
+    """Compute dK and dV of 64 keys of every item, and dQ of every third turn."""
+    dtype: gl.constexpr = q_slots.dtype
+    D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
+    KV_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(ROWS), 2)
+    V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
+    done, ring = 0, 0
+    item = gl.program_id(0)
+    tile, batch, kv_head, _ = item_at(items_ptr, item)
+    while tile >= 0:
+        key0 = tile * KEYS
+        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+        per_head = (num_queries_padded - first_row) // ROWS
+        head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+        num_turns = GROUP * per_head
+        dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+        dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
+        # All groups are done with the item before, else its slots would not have been given back.
+        mbarrier.wait(kv_full.index(0), done & 1)
+        tma.store_wait(0)  # dK of the item before: it was where dS will be
+        gl.thread_barrier()
+        minus_V = -V_here.load(KV_LAYOUT)
+        for turn in range(num_turns):
+            member, row0 = place(turn, first_row, per_head, GROUP)
+            row = head_row + member * num_queries_padded + row0
+            dk, dv = one_turn(
+                dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots,
+                dq_slots, q_full, do_full, ring + turn, row, row0, key0, num_keys, qk_scale,
+                WHICH, STAGES, CAUSAL, KEY_TAIL,
+            )  # fmt: skip
+        release(kv_empty.index(0))
+        # Looked up again: the loop has no registers for it.
+        tile, batch, kv_head, item = item_at(items_ptr, item)
+        next_tile, next_batch, next_head, _ = item_at(items_ptr, item)
+        key = tile * KEYS + WHICH * ROWS
+        stage = ds_slots.index((ring + num_turns) % GROUPS * GROUPS + WHICH)
+        store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
+        store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
+        done += 1
+        ring += num_turns
+        tile, batch, kv_head = next_tile, next_batch, next_head
+    tma.store_wait(0)
+
+
+@gluon.jit
+def backward_kernel(
+    q, k, v, do, lse2, delta, dq, dk, dv,
+    items_ptr,
+    num_heads,
+    num_queries_padded,
+    num_keys,
+    qk_scale,
+    scale,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr,
+):  # fmt: skip
+    """num_queries_padded is a multiple of 64, to which L (inf) and D (0) are padded."""
+    gl.static_assert(k.block_shape[3] == HEAD_DIM)
+    gl.static_assert(SLOT_BARRIERS + STAGES <= NUM_BARRIERS)
+    q_slots = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
+    do_slots = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, ROWS, HEAD_DIM], do.layout)
+    k_slots = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 1, ROWS, HEAD_DIM], k.layout)
+    v_slots = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 1, ROWS, HEAD_DIM], v.layout)
+    # Three buffers of 64 x 64 for each group.
+    ds_slots = gl.allocate_shared_memory(q.dtype, [GROUPS * GROUPS, 1, 1, ROWS, ROWS], dk.layout)
+    dq_slots = gl.allocate_shared_memory(gl.float32, [GROUPS, 128, 32], dq.layout)
+    l_slots = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], lse2.layout)
+    d_slots = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], delta.layout)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(kv_full.index(0), count=1)
+    mbarrier.init(kv_empty.index(0), count=GROUPS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(do_full.index(stage), count=1)
+    fence_async_shared()
+    shared = (
+        dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots, dq_slots,
+        kv_full, kv_empty, q_full, do_full,
+        items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
+    )  # fmt: skip
+    fetched = (
+        q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
+        kv_full, kv_empty, q_full, do_full,
+        items_ptr, num_heads, num_queries_padded,
+    )  # fmt: skip
+    # Constants stay such only outside of variables. Gluon has no unpacking.
+    gl.warp_specialize(
+        [
+            (consume, (0, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
+            (consume, (1, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
+            (consume, (2, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
+            (produce, (GROUP, STAGES, CAUSAL) + fetched),
+        ],
+        [4, 4, 1],
+        [160, 160, 32],
+    )
