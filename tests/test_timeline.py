@@ -16,10 +16,11 @@ GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 MARK = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 
 
-def event(name: str, start: float, end: float, device: str = "CUDA") -> Any:
+def event(name: str, start: float, end: float, device: str = "CUDA", stream: int = 7) -> Any:
     """Return an event as the profiler's, in microseconds."""
     return SimpleNamespace(
         name=name,
+        device_resource_id=stream,
         device_type=SimpleNamespace(name=device),
         time_range=SimpleNamespace(start=start, end=end),
     )
@@ -55,6 +56,23 @@ def test_lanes_are_of_the_marked_step() -> None:
     assert found.unhidden_ms == pytest.approx(0.6 + 0.5)
     assert found.gather_wait_ms == pytest.approx(0.6)
     assert unpack(found.lanes()["communication"]) == [(0.0, 0.5), (0.8, 1.6), (2.5, 3.5)]
+
+
+def test_copies_beside_the_kernel_that_averages_are_communication() -> None:
+    found = read_events(
+        [
+            event(MARK, 900, 1000),
+            event("gemm", 1000, 2000),
+            event("Memcpy DtoD (Device -> Device)", 1100, 1300),
+            event("Memcpy DtoD (Device -> Device)", 1900, 2400, stream=20),
+            event("_average_kernel", 2400, 2500, stream=20),
+            event(MARK, 3000, 3100),
+        ],
+        on_gpu=True,
+    )
+    assert found is not None
+    assert found.compute == intervals((0.0, 1.0))
+    assert found.communication == intervals((0.9, 1.5))
 
 
 @pytest.mark.parametrize("marks", [0, 1, 3])

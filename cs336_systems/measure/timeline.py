@@ -1,7 +1,7 @@
 """What a device did during one step, from torch's profiler: computing, communicating, or waiting.
 
-On a GPU these are its kernels and copies: NCCL's are communication, all others compute. Without
-one, compute is the time inside of operators and communication that from a call of gloo to its end.
+On a GPU these are its kernels and copies: NCCL's are communication, and all on the stream where
+gradients are averaged that travel by copy engines; all others compute. Without one, compute is the time inside of operators and communication that from a call of gloo to its end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from cs336_systems.measure.intervals import (
 # The kernel of `torch.cuda._sleep`, which stands on the compute stream where a step begins.
 _GPU_MARK = "spin_kernel"
 _CPU_MARK = "cs336_systems::step"
+# What `parallel.peer_average` runs, on the stream of the copies that are its messages.
+_EXCHANGE = "_average_kernel"
 _GATHERS = ("allgather", "all_gather")
 _MOST_INTERVALS = 300
 """Of one lane in JSON: about as many as a picture can show."""
@@ -94,11 +96,13 @@ def read_events(events: list[Any], *, on_gpu: bool) -> Timeline | None:
     window = _window(own, on_gpu=on_gpu)
     if window is None:
         return None
+    exchanging = {event.device_resource_id for event in own if _EXCHANGE in event.name}
     compute, communication, gathers = [], [], []
     for event in own:
         name = event.name.lower()
         interval = (event.time_range.start, event.time_range.end)
-        if name.startswith("gloo:") or (on_gpu and "nccl" in name):
+        is_sent = "nccl" in name or event.device_resource_id in exchanging
+        if name.startswith("gloo:") or (on_gpu and is_sent):
             communication.append(interval)
             if any(word in name for word in _GATHERS):
                 gathers.append(interval)
