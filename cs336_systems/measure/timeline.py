@@ -1,7 +1,8 @@
 """What a device did during one step, from torch's profiler: computing, communicating, or waiting.
 
 On a GPU these are its kernels and copies: NCCL's are communication, and all on the stream where
-gradients are averaged that travel by copy engines; all others compute. Without one, compute is the time inside of operators and communication that from a call of gloo to its end.
+gradients are averaged that travel by copy engines; all others compute. Without one, compute is the
+time inside of operators and communication that from a call of gloo to its end.
 """
 
 from __future__ import annotations
