@@ -87,7 +87,8 @@ def _has_driver() -> bool:
 
 def _by_name(names: Sequence[str]) -> str:
     """Say which ranks have which name."""
-    return "; ".join(
-        f"{name} on {', '.join(str(rank) for rank, other in enumerate(names) if other == name)}"
-        for name in dict.fromkeys(names)
-    )
+    found = []
+    for name in dict.fromkeys(names):
+        ranks = [str(rank) for rank, other in enumerate(names) if other == name]
+        found.append(f"{name} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}")
+    return "; ".join(found)
