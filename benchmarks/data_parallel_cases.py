@@ -29,7 +29,9 @@ BASELINE = "none"
 BUCKETED = ("flashddp", "torch_ddp")
 SCALINGS = ("weak", "strong")
 """Weak: every rank keeps its batch. Strong: ranks divide the batch of one."""
-SCALED = (BASELINE, "flashddp", "torch_ddp", "zero1", "torch_zero", "fsdp", "torch_fsdp2")
+SCALED = (
+    BASELINE, "flashddp", "flashddp_ce", "torch_ddp", "zero1", "torch_zero", "fsdp", "torch_fsdp2"
+)  # fmt: skip
 _COUNTERPARTS = {"torch_ddp": "flashddp", "torch_zero": "zero1", "torch_fsdp2": "fsdp"}
 
 Option = Callable[[str], Any]

@@ -12,7 +12,7 @@ from cs336_systems.parallel import STRATEGIES
 
 TWO_GPUS = pytest.mark.multigpu(2)
 BACKENDS = ("gloo", pytest.param("nccl", marks=TWO_GPUS))
-AVERAGING = ("naive", "flat", "overlapped", "flashddp")
+AVERAGING = ("naive", "flat", "overlapped", "flashddp", "flashddp_ce")
 ON_RANKS = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
 
 assert set(AVERAGING) < set(STRATEGIES)

@@ -190,9 +190,9 @@ def train_on_rank(case: Case, strategy: str, **options: Any) -> Trained:
     # Only torch's wrapper touches buffers between two forward passes of one step.
     if strategy == "torch_ddp" and "two_forwards" in case.features:
         options["broadcast_buffers"] = False
-    if strategy in ("flashddp", "torch_ddp"):
+    if strategy in ("flashddp", "flashddp_ce", "torch_ddp"):
         options["bucket_size_mb"] = case.bucket_size_mb
-    if strategy == "flashddp":
+    if strategy in ("flashddp", "flashddp_ce"):
         options["in_place_mb"] = case.in_place_mb
     model = wrap(net, strategy, find_unused=needs_find_unused(case), **options)
     cls, settings = optimizer_of(case)

@@ -9,7 +9,7 @@ from ranks import pool
 
 pytestmark = [*ON_RANKS, pytest.mark.parametrize("backend", BACKENDS)]
 EVERY = pytest.mark.parametrize("strategy", AVERAGING)
-OVERLAPPING = ["overlapped", "flashddp"]
+OVERLAPPING = ["overlapped", "flashddp", "flashddp_ce"]
 LAYER = "(5, 5) strides (5, 1) float32 trainable"
 BIAS = "(5,) strides (1,) float32 trainable"
 SAME = "wrap: module must be the same on every rank, got "

@@ -70,7 +70,7 @@ def test_unused_parameters_are_an_error_of_all_ranks(
 def test_misuse_of_the_protocol_says_so(
     strategy: str, misuse: str, text: str, backend: str
 ) -> None:
-    during_backward = strategy in ("overlapped", "flashddp")
+    during_backward = strategy in ("overlapped", "flashddp", "flashddp_ce")
     errors = set(pool(2, backend).run(ranks_do.usage_error, strategy, misuse))
     if misuse == "finish_in_no_sync" or during_backward:
         assert len(errors) == 1
@@ -80,7 +80,7 @@ def test_misuse_of_the_protocol_says_so(
         assert errors == {"no error"}
 
 
-@pytest.mark.parametrize("strategy", ["overlapped", "flashddp"])
+@pytest.mark.parametrize("strategy", ["overlapped", "flashddp", "flashddp_ce"])
 def test_a_second_pass_before_finishing_adds_up(strategy: str, backend: str) -> None:
     for got, wanted in pool(2, backend).run(ranks_do.unfinished_backward, strategy):
         for g, w in zip(got, wanted, strict=True):
@@ -131,7 +131,7 @@ def test_buffers_are_rank_zeros_at_the_start_of_each_step(
     assert zero["found"][0] == one["found"][0]
     # Running mean, variance and count of batches, what is expanded, gapped and boolean; and at the
     # second step's first pass, the order of launches.
-    agreement = strategy in ("overlapped", "flashddp")
+    agreement = strategy in ("overlapped", "flashddp", "flashddp_ce")
     for step, (first, second) in enumerate(zero["counts"]):
         assert second == first
         assert first == (6 if broadcast_buffers and step else 0) + (agreement and step == 1)

@@ -70,6 +70,7 @@ def test_overlapped_sends_every_gradient_once(backend: str) -> None:
 @pytest.mark.parametrize("limit_bytes", [1, 32, 129, 300, 10_000])
 def test_flashddp_sends_buckets_in_reverse_order(limit_bytes: int, backend: str) -> None:
     steps = steps_of("flashddp", backend, bucket_size_mb=limit_bytes / MIB)
+    assert steps == steps_of("flashddp_ce", backend, bucket_size_mb=limit_bytes / MIB)
     assert reductions(steps[0]) == [*buckets_by_hand(SIZES[::-1], limit_bytes), REPORT]
     for step in steps[1:]:
         totals = reductions(step)[:-1]
@@ -105,15 +106,24 @@ def test_checks_cost_one_more_number_per_rank(backend: str) -> None:
 def test_wrapping_checks_once_and_sends_tied_weights_once(strategy: str, backend: str) -> None:
     log = pool(2, backend).run(ranks_do.traffic_of_wrapping, strategy)[1]
     without_the_tied = SIZES[:2] + SIZES[3:]
+    gathered = 0
+    if strategy == "flashddp_ce":
+        gathered = 3 if backend == "gloo" else 2
     assert [(entry.name, entry.numel) for entry in log] == [
         ("all_gather_into", 2 * 32),
         *(("broadcast", size) for size in without_the_tied),
+        # Where ranks are; on the CPU, a file's name, and whether all have it; on GPUs, a barrier.
+        *([("all_gather_object", 0)] * gathered),
     ]
 
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("overlapped", {}), ("flashddp", {"bucket_size_mb": 1e-6})],
+    [
+        ("overlapped", {}),
+        ("flashddp", {"bucket_size_mb": 1e-6}),
+        ("flashddp_ce", {"bucket_size_mb": 1e-6}),
+    ],
 )
 def test_reductions_start_during_the_backward_pass(
     strategy: str, options: dict[str, object], backend: str
@@ -142,12 +152,16 @@ def test_accumulation_reduces_once_per_step(strategy: str, backend: str) -> None
     assert num_per_step[3]["finished"] == num_per_step[1]["finished"]
     first, second = num_per_step[3]["during"][:3], num_per_step[3]["during"][3:]
     assert first[:2] == second[:2] == [0, 0]
-    assert (first[2] > 0) == (strategy in ("overlapped", "flashddp"))
+    assert (first[2] > 0) == (strategy in ("overlapped", "flashddp", "flashddp_ce"))
 
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("overlapped", {}), ("flashddp", {"bucket_size_mb": 1e-6})],
+    [
+        ("overlapped", {}),
+        ("flashddp", {"bucket_size_mb": 1e-6}),
+        ("flashddp_ce", {"bucket_size_mb": 1e-6}),
+    ],
 )
 def test_ranks_launch_in_one_order_though_their_gradients_appear_in_another(
     strategy: str, options: dict[str, object], backend: str
@@ -158,9 +172,9 @@ def test_ranks_launch_in_one_order_though_their_gradients_appear_in_another(
     assert all(zero["equal"])
 
 
-@pytest.mark.parametrize("strategy", ["overlapped", "flashddp"])
+@pytest.mark.parametrize("strategy", ["overlapped", "flashddp", "flashddp_ce"])
 def test_the_launch_order_becomes_the_observed_one(strategy: str, backend: str) -> None:
-    options = {"bucket_size_mb": 1e-6} if strategy == "flashddp" else {}
+    options = {} if strategy == "overlapped" else {"bucket_size_mb": 1e-6}
     first, third = pool(2, backend).run(ranks_do.first_launches, strategy, **options)[0]
     sizes = {8, 2, 12, 4} if strategy == "overlapped" else {8, 4, 12}
     assert set(first) == set(third) == sizes
@@ -169,7 +183,7 @@ def test_the_launch_order_becomes_the_observed_one(strategy: str, backend: str) 
     assert third.index(8) < third.index(12)
 
 
-@pytest.mark.parametrize("strategy", ["overlapped", "flashddp"])
+@pytest.mark.parametrize("strategy", ["overlapped", "flashddp", "flashddp_ce"])
 def test_a_module_wrapped_again_reduces_once(strategy: str, backend: str) -> None:
     num_reductions = len(SIZES) if strategy == "overlapped" else 1
     assert pool(2, backend).run(ranks_do.wrap_again, strategy)[0] == num_reductions + 1

@@ -109,7 +109,13 @@ def test_accumulating_changes_nothing_but_roundings(
 
 @pytest.mark.parametrize(
     ("strategy", "compiled"),
-    [("none", "model"), ("flashddp", "model"), ("zero1", "blocks"), ("fsdp", "blocks")],
+    [
+        ("none", "model"),
+        ("flashddp", "model"),
+        ("flashddp_ce", "model"),
+        ("zero1", "blocks"),
+        ("fsdp", "blocks"),
+    ],
 )
 def test_compiled_and_wrapped(
     strategy: str, compiled: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,10 @@ STRATEGIES = Table(
             summary="one all-reduce per bucket whose memory is the gradients, during the "
             "backward pass",
         ),
+        "flashddp_ce": Entry(
+            target=f"{_HERE}.bucketed_ce:FlashDDPCE",
+            summary="flashddp whose gradients travel by copy engines, between the GPUs of one host",
+        ),
         "zero1": Entry(
             target=f"{_HERE}.zero1:Zero1",
             summary="flashddp, with optimizer state on one rank per parameter and parameters sent "

@@ -8,15 +8,13 @@ stays where autograd put it, a run of its own: nothing is gained by copying it n
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cs336_systems.parallel.collectives import Group, all_reduce_together
 from cs336_systems.parallel.layout import (
     check_strided,
     gradient_strides,
@@ -72,6 +70,12 @@ class Bucket:
         self.messages: list[Tensor] = []
         """What is reduced, from `fill` to `complete`."""
 
+    @property
+    def message_bytes(self) -> int:
+        """Return how much travels in a step, gradients in place included."""
+        places = zip(self.parameters, self._is_in_place, strict=True)
+        return self.wire.nbytes + sum(p.nbytes for p, in_place in places if in_place)
+
     def adopt(self, slot: int) -> None:
         """Make the gradient of one parameter a view of the bucket, or a memory of its own."""
         parameter, view = self.parameters[slot], self.views[slot]
@@ -102,10 +106,10 @@ class Bucket:
         runs = (self._own(slot) for slot, in_place in enumerate(self._is_in_place) if in_place)
         self.messages = [run for run in (self.wire, *runs) if run.numel()]
 
-    def launch(self, group: Group, average_op: Any, *, async_op: bool) -> None:
-        """Start to reduce the bucket."""
+    def launch(self, reduce: Callable[[list[Tensor]], dist.Work | None]) -> None:
+        """Start to reduce the bucket's messages in place; `reduce` returns what to wait for."""
         if self.messages:
-            self._work = all_reduce_together(self.messages, group, op=average_op, async_op=async_op)
+            self._work = reduce(self.messages)
 
     def complete(self, divisor: int) -> None:
         """Turn what arrived into averages, in the memory of the gradients."""

@@ -10,14 +10,16 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from cs336_systems.errors import bad
 from cs336_systems.parallel.bucket import Bucket, assign_buckets, padded_numel
+from cs336_systems.parallel.collectives import all_reduce_together
 from cs336_systems.parallel.hooked import HookedDataParallel
 from cs336_systems.parallel.side_stream import SideStream
 
@@ -43,14 +45,15 @@ class FlashDDP(HookedDataParallel):
         *,
         bucket_size_mb: float | None = 100,
         in_place_mb: float | None = 1,
+        own_options: Mapping[str, object] | None = None,
         **options: Any,
     ) -> None:
         if bucket_size_mb is not None and not bucket_size_mb > 0:
             raise bad(self.strategy, "bucket_size_mb", "be positive or None", bucket_size_mb)
         if in_place_mb is not None and not in_place_mb >= 0:
             raise bad(self.strategy, "in_place_mb", "be >= 0 or None", in_place_mb)
-        own_options = {"bucket_size_mb": bucket_size_mb, "in_place_mb": in_place_mb}
-        super().__init__(module, own_options=own_options, **options)
+        own = {"bucket_size_mb": bucket_size_mb, "in_place_mb": in_place_mb}
+        super().__init__(module, own_options={**own, **(own_options or {})}, **options)
         self._side = SideStream(self._device)
 
     def _plan(self, order: Sequence[int]) -> list[list[int]]:
@@ -92,9 +95,15 @@ class FlashDDP(HookedDataParallel):
         bucket.fill()
         self._watch(bucket.messages)
         with self._side.entered():
-            bucket.launch(self.group, self._average_op, async_op=not self._side.is_beside)
+            bucket.launch(self._send)
             if self._side.is_beside:
                 bucket.complete(self._divisor)
+
+    def _send(self, messages: list[Tensor]) -> dist.Work | None:
+        """Start to reduce a bucket's messages in place, to what `_divisor` makes averages."""
+        return all_reduce_together(
+            messages, self.group, op=self._average_op, async_op=not self._side.is_beside
+        )
 
     def _wait(self) -> None:
         self._side.join()

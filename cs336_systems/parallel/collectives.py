@@ -2,6 +2,7 @@
 
 Each function is torch.distributed's with the group's own ranks as sources, plus one line that tells
 the observers what is on its way: number, order and size of collectives are results to be tested.
+What travels without torch.distributed (`copy_engines`) announces itself in the same way.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def all_reduce(
     tensor: Tensor, group: Group = None, *, op: Any = ReduceOp.SUM, async_op: bool = False
 ) -> dist.Work | None:
     """Combine `tensor` over the ranks, in place; the handle to wait for when asynchronous."""
-    _report("all_reduce", [tensor], group)
+    announce("all_reduce", [tensor], group)
     return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
 
 
@@ -67,7 +68,7 @@ def all_reduce_together(
     """Combine each of several tensors of one dtype over the ranks, in place, with one launch."""
     if len(tensors) == 1:
         return all_reduce(tensors[0], group, op=op, async_op=async_op)
-    _report("all_reduce", tensors, group)
+    announce("all_reduce", tensors, group)
     options = dist.AllreduceCoalescedOptions()
     options.reduceOp, options.asyncOp = op, async_op
     chosen = group if group is not None else dist.group.WORLD
@@ -85,7 +86,7 @@ def broadcast(
     tensor: Tensor, group: Group = None, *, source: int = 0, async_op: bool = False
 ) -> dist.Work | None:
     """Overwrite `tensor` with that of the group's rank `source`."""
-    _report("broadcast", [tensor], group)
+    announce("broadcast", [tensor], group)
     return dist.broadcast(tensor, group=group, group_src=source, async_op=async_op)
 
 
@@ -96,7 +97,7 @@ def all_gather_into(
 
     Shapes: shard (numel,) -> output (world_size * numel,).
     """
-    _report("all_gather_into", [output], group)
+    announce("all_gather_into", [output], group)
     return dist.all_gather_into_tensor(output, shard, group=group, async_op=async_op)
 
 
@@ -112,13 +113,13 @@ def reduce_scatter_into(
 
     Shapes: whole (world_size * numel,) -> shard (numel,).
     """
-    _report("reduce_scatter_into", [whole], group)
+    announce("reduce_scatter_into", [whole], group)
     return dist.reduce_scatter_tensor(shard, whole, op=op, group=group, async_op=async_op)
 
 
 def all_gather_object(value: Any, group: Group = None) -> list[Any]:
     """Return every rank's `value`, by rank."""
-    _report("all_gather_object", [], group)
+    announce("all_gather_object", [], group)
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
@@ -144,7 +145,8 @@ def communication_device(group: Group = None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _report(name: str, tensors: Sequence[Tensor], group: Group) -> None:
+def announce(name: str, tensors: Sequence[Tensor], group: Group) -> None:
+    """Tell the observers what is on its way; for messages that take another way as well."""
     if not _observers:
         return
     entry = Collective(

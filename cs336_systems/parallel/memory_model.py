@@ -19,6 +19,8 @@ NUM_MOMENTS = 2
 """AdamW keeps two numbers a weight, in the masters' dtype."""
 PENDING_BYTES = 25 * 2**20
 """Gradients that wait outside their bucket to be copied in together: at most so many."""
+EXCHANGE_BYTES = 128 * 2**20
+"""Through which gradients travel by copy engines, unless all of them take less."""
 GATHERED_UNITS = 4
 """Units of FSDP that are whole at a time: in use, two ahead, and the last of the forward pass."""
 
@@ -53,7 +55,7 @@ class RankBytes:
     gradients: float
     optimizer_state: float
     communication: float = 0.0
-    """Copies that stay: those of gradients in another dtype."""
+    """What stays beside them: gradients in another dtype, memory that peers write to."""
     transient: float = 0.0
     """Copies that come and go within a step: the most of them at once."""
 
@@ -128,6 +130,13 @@ def _bucketed(setting: Setting) -> RankBytes:
     return _replicated(setting, communication=setting.cast, transient=pending)
 
 
+def _copy_engines(setting: Setting) -> RankBytes:
+    """As bucketed, and the memory that ranks write into each other's, where there are several."""
+    whole = _bucketed(setting)
+    exchanged = min(float(EXCHANGE_BYTES), setting.cast or setting.whole)
+    return replace(whole, communication=whole.communication + exchanged * (setting.world_size > 1))
+
+
 def _zero1(setting: Setting) -> RankBytes:
     """As bucketed, but each rank has the state of the parameters it owns, 1/n of them on average.
 
@@ -161,6 +170,7 @@ _STRATEGIES: dict[str, Callable[[Setting], RankBytes]] = {
     "flat": _flat,
     "overlapped": _one_by_one,
     "flashddp": _bucketed,
+    "flashddp_ce": _copy_engines,
     "zero1": _zero1,
     "fsdp": _fsdp,
 }

@@ -18,6 +18,7 @@ _PEERS = {
     "flat": "torch_ddp",
     "overlapped": "torch_ddp",
     "flashddp": "torch_ddp",
+    "flashddp_ce": "torch_ddp",
     "zero1": "torch_zero",
     "fsdp": "torch_fsdp2",
 }
