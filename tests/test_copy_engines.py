@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import copy_engine_ranks as ranks_do
@@ -25,6 +25,12 @@ SIZES = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 3000)), max_size=5)
 # Of the memory: such that runs go in many pieces, some together, or all at once.
 CAPACITIES = st.sampled_from([1, 2048, 5000, 2**20])
 LIMIT_S = 6.0
+
+
+def on_ranks(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in ON_RANKS:
+        test = mark(test)
+    return test
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -60,39 +66,41 @@ class TestOnTheCpu:
         assert all(map(all, run))
 
 
-class TestFaults:
-    pytestmark = ON_RANKS
+@pytest.mark.parametrize("mistake", ["averaged", "pushed"])
+@on_ranks
+def test_a_wait_left_out_is_seen(mistake: str) -> None:
+    assert not all(pool(2).run(ranks_do.average_with, mistake)[0])
 
-    @pytest.mark.parametrize("mistake", ["averaged", "pushed"])
-    def test_a_wait_left_out_is_seen(self, mistake: str) -> None:
-        assert not all(pool(2).run(ranks_do.average_with, mistake)[0])
 
-    def test_the_shared_file_has_no_name_once_it_is_in_use(self) -> None:
-        assert pool(2).run(ranks_do.files_left) == [[], []]
+@on_ranks
+def test_the_shared_file_has_no_name_once_it_is_in_use() -> None:
+    assert pool(2).run(ranks_do.files_left) == [[], []]
 
-    @pytest.mark.parametrize(
-        ("kind", "text"),
-        [
-            ("dtype", "copy_engines: dtype must be one of float32, float64, float16, bfloat16, "
-             "got torch.int32"),
-            ("strides", "copy_engines: runs must be contiguous, got (2,)"),
-            ("exchange_mb", "flashddp_ce: exchange_mb must be positive and finite, got 0"),
-            ("unequal", "wrap: module must be the same on every rank, got 'option exchange_mb=1' "
-             "on rank 0 and 'option exchange_mb=2' on rank 1"),
-            ("hosts", "flashddp_ce: ranks must be on one host, got 'host0 on rank 0; host1 on "
-             "rank 1'"),
-        ],
-    )  # fmt: skip
-    def test_what_cannot_be_is_the_same_error_on_all_ranks(self, kind: str, text: str) -> None:
-        assert pool(2).run(ranks_do.refused, kind) == [text, text]
 
-    def test_a_full_disk_is_the_same_error_on_all_ranks(self) -> None:
-        first, second = pool(2).run(ranks_do.refused, "disk")
-        assert first == second
-        assert first.startswith("flashddp_ce: rank 0 could not map ")
-        assert first.endswith(
-            " bytes of shared memory: OSError: [Errno 28] No space left on device"
-        )
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("dtype", "copy_engines: dtype must be one of float32, float64, float16, bfloat16, "
+         "got torch.int32"),
+        ("strides", "copy_engines: runs must be contiguous, got (2,)"),
+        ("exchange_mb", "flashddp_ce: exchange_mb must be positive and finite, got 0"),
+        ("unequal", "wrap: module must be the same on every rank, got 'option exchange_mb=1' "
+         "on rank 0 and 'option exchange_mb=2' on rank 1"),
+        ("hosts", "flashddp_ce: ranks must be on one host, got 'host0 on rank 0; host1 on "
+         "rank 1'"),
+    ],
+)  # fmt: skip
+@on_ranks
+def test_what_cannot_be_is_the_same_error_on_all_ranks(kind: str, text: str) -> None:
+    assert pool(2).run(ranks_do.refused, kind) == [text, text]
+
+
+@on_ranks
+def test_a_full_disk_is_the_same_error_on_all_ranks() -> None:
+    first, second = pool(2).run(ranks_do.refused, "disk")
+    assert first == second
+    assert first.startswith("flashddp_ce: rank 0 could not map ")
+    assert first.endswith(" bytes of shared memory: OSError: [Errno 28] No space left on device")
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +110,7 @@ def mortals() -> Iterator[RankPool]:
         yield own
 
 
-@pytest.mark.distributed
-@pytest.mark.xdist_group("ranks")
+@on_ranks
 @pytest.mark.parametrize(
     ("fault", "rank", "text"),
     [
@@ -187,8 +194,7 @@ def test_the_kernel_averages_in_ranks_order(
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.distributed
-@pytest.mark.xdist_group("ranks")
+@on_ranks
 @example([1], torch.float32, 2**20)
 @example([3, 5, 2000, 1], torch.bfloat16, 2048)
 @example([2**20 + 7, 12345], torch.float32, 2**20)
@@ -202,8 +208,7 @@ def test_the_bits_are_nccls(sizes: list[int], dtype: torch.dtype, capacity: int)
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.distributed
-@pytest.mark.xdist_group("ranks")
+@on_ranks
 def test_numbers_of_calls_begin_anew_on_gpus() -> None:
     run = pool(2, "nccl").run(
         ranks_do.average, [700], torch.float32, 1024, first_sequence=2**32 - 4
