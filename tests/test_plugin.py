@@ -106,6 +106,28 @@ def test_interrupted_run_leaves_a_journal_that_can_be_continued(suite: pytest.Py
     again.stdout.fnmatch_lines(["*already measured (--skip-done)*"])
 
 
+def test_interrupted_case_is_not_in_the_json(suite: pytest.Pytester) -> None:
+    """Ctrl-C amid timed rounds: pytest-benchmark writes what it has, of which nobody knows what
+    it is."""
+    suite.makepyfile(
+        test_z="""
+        from test_interrupted_case_is_not_in_the_json import case
+
+        def test_interrupted(gpu_benchmark):
+            calls = []
+            def step():
+                calls.append(None)
+                if len(calls) == 4:
+                    raise KeyboardInterrupt
+            gpu_benchmark(case("interrupted"), step)
+        """
+    )
+    outcome = suite.runpytest_subprocess(*PLUGIN, "--device=cpu", "--benchmark-json=out.json")
+    assert outcome.ret == pytest.ExitCode.INTERRUPTED
+    found = [entry["extra_info"]["case"]["name"] for entry in result(suite)["benchmarks"]]
+    assert found == ["fine"]
+
+
 def test_run_without_a_time_still_has_its_rows(suite: pytest.Pytester) -> None:
     run(suite, "--benchmark-json=out.json", "-k", "oom").assert_outcomes(skipped=1)
     data = result(suite)
