@@ -8,8 +8,9 @@
 # An interrupted part leaves DIRECTORY/PART.json.journal.jsonl, which the report reads as well.
 set -euo pipefail
 parts="basics, large, xl, 2.7b, warmup, attention, whole, flash_sweep_bf16, flash_sweep_fp32,\
- flash_sweep_compiled, flash_shapes, flash_details, hopper_ladder, all_reduce, data_parallel,\
- data_parallel_bf16, data_parallel_buckets, scaling, train_loop, lm_matrix, attention_sweep"
+ flash_sweep_compiled, flash_shapes, flash_runs, flash_details, hopper_ladder, all_reduce,\
+ data_parallel, data_parallel_bf16, data_parallel_buckets, copy_engines, scaling, train_loop,\
+ lm_matrix, attention_sweep"
 part=${1:?name a part: $parts}
 out=${2:?name the directory for the JSON files}
 cd "$(dirname "$0")/.."
@@ -48,6 +49,14 @@ flash_shapes)
     measure attention_shapes $flash -k attention_shapes --max-seconds=2
     measure attention_harness benchmarks/bench_flash_harness.py --max-seconds=2
     ;;
+flash_runs)
+    # What compiles most, flash-attn-4, does so in every run: 75 s each.
+    for run in 1 2 3; do
+        measure "attention_shapes_run$run" $flash -k attention_shapes --max-seconds=0.3 \
+            --rows=flash_attention_hopper,flash_attention_triton,sdpa_cudnn,flash_attn_4
+    done
+    python3 -m cs336_systems.report repeats "$out"/attention_shapes_run?.json
+    ;;
 hopper_ladder) measure "$part" benchmarks/bench_hopper_ladder.py --max-seconds=1 ;;
 flash_details)
     measure flash_details $flash --max-seconds=2 -k "not flash_sweep and not attention_shapes"
@@ -56,6 +65,10 @@ data_parallel) measure "$part" benchmarks/bench_data_parallel.py -k "not buckets
     ;;
 data_parallel_bf16)
     measure "$part" benchmarks/bench_data_parallel.py -k "not buckets and not scaling" --communications=bf16
+    ;;
+copy_engines)
+    measure "$part" benchmarks/bench_data_parallel.py -k "not buckets and not scaling" --ranks=2 \
+        --rank-batch=24 --strategies=none,flashddp,flashddp_ce,torch_ddp
     ;;
 data_parallel_buckets) measure "$part" benchmarks/bench_data_parallel.py -k buckets ;;
 scaling) measure "$part" benchmarks/bench_data_parallel.py -k scaling ;;
