@@ -31,6 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cs336_systems.accounting import attention_flops
+
 _WORKER = Path(__file__).with_name("compare_kernels_worker.py")
 _SHAPE = re.compile(r"B(\d+) H(\d+) S(\d+) D(64|128) (causal|full)")
 _PASSES = ("forward", "backward")
@@ -90,8 +92,7 @@ def parse_shape(text: str) -> dict[str, Any]:
 def flops(shape: dict[str, Any], which: str) -> float:
     """Return the FLOPs that a pass is credited with."""
     batch, heads, seq, head_dim = shape["size"]
-    forward = 4.0 * batch * heads * seq * seq * head_dim * (0.5 if shape["causal"] else 1.0)
-    return forward * (2.5 if which == "backward" else 1.0)
+    return attention_flops(batch, heads, seq, head_dim, which, is_causal=shape["causal"])
 
 
 class Worker:

@@ -137,6 +137,18 @@ def check(q: Tensor, k: Tensor, v: Tensor, do: Tensor, **how: Any) -> None:
     torch.testing.assert_close(lse, portable, rtol=1e-5, atol=1e-4)
 
 
+def check_repeats(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *, is_causal: bool) -> None:
+    """A hundred backward passes: dK and dV bit by bit, dQ to what adding in another order
+    changes."""
+    _, dq, dk, dv = run(flash_attention_hopper, q, k, v, do, is_causal=is_causal)
+    eps = torch.finfo(torch.bfloat16).eps
+    for _ in range(100):
+        _, *again = run(flash_attention_hopper, q, k, v, do, is_causal=is_causal)
+        assert torch.equal(again[1], dk)
+        assert torch.equal(again[2], dv)
+        torch.testing.assert_close(again[0], dq, rtol=eps, atol=2**-20)
+
+
 def on_hopper(test: Any) -> Any:
     for mark in ON_HOPPER:
         test = mark(test)
@@ -220,12 +232,7 @@ def test_long_sequences_take_three_groups(is_causal: bool, num_keys: int) -> Non
     chosen = hopper_launch.backward_tile(64, num_keys, causal=is_causal)
     assert chosen == hopper_launch.THREE_GROUPS
     check(*inputs, is_causal=is_causal)
-    _, dq, dk, dv = run(flash_attention_hopper, *inputs, is_causal=is_causal)
-    for _ in range(100):
-        _, *again = run(flash_attention_hopper, *inputs, is_causal=is_causal)
-        assert torch.equal(again[1], dk)
-        assert torch.equal(again[2], dv)
-        torch.testing.assert_close(again[0], dq, rtol=torch.finfo(torch.bfloat16).eps, atol=2**-20)
+    check_repeats(*inputs, is_causal=is_causal)
 
 
 @on_hopper
@@ -269,15 +276,8 @@ def test_the_forward_pass_is_bitwise_repeatable(is_causal: bool, head_dim: int) 
 def test_the_backward_pass_repeats_but_for_the_order_of_additions(
     is_causal: bool, head_dim: int
 ) -> None:
-    """dK and dV bit by bit, dQ to what adding in another order changes."""
     inputs = make("contiguous", (8, 4), (1100, 1000), head_dim, torch.bfloat16, batch=2)
-    _, dq, dk, dv = run(flash_attention_hopper, *inputs, is_causal=is_causal)
-    eps = torch.finfo(torch.bfloat16).eps
-    for _ in range(100):
-        _, *again = run(flash_attention_hopper, *inputs, is_causal=is_causal)
-        assert torch.equal(again[1], dk)
-        assert torch.equal(again[2], dv)
-        torch.testing.assert_close(again[0], dq, rtol=eps, atol=2**-20)
+    check_repeats(*inputs, is_causal=is_causal)
 
 
 @on_hopper

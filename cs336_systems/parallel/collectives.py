@@ -71,9 +71,7 @@ def all_reduce_together(
     announce("all_reduce", tensors, group)
     options = dist.AllreduceCoalescedOptions()
     options.reduceOp, options.asyncOp = op, async_op
-    chosen = group if group is not None else dist.group.WORLD
-    assert chosen is not None
-    work = chosen.allreduce_coalesced(list(tensors), options)
+    work = process_group(group).allreduce_coalesced(list(tensors), options)
     if async_op:
         return work
     # As torch's own functions do: on a GPU without a handle there is nothing to wait for.
@@ -125,6 +123,18 @@ def all_gather_object(value: Any, group: Group = None) -> list[Any]:
     return values
 
 
+def process_group(group: Group) -> dist.ProcessGroup:
+    """Return the group itself where None stands for all ranks."""
+    chosen = group if group is not None else dist.group.WORLD
+    assert chosen is not None
+    return chosen
+
+
+def is_power_of_two(world_size: int) -> bool:
+    """Tell whether multiplying by 1 / world_size has the bits of dividing by it."""
+    return world_size & (world_size - 1) == 0
+
+
 def averaging(group: Group, device: torch.device) -> tuple[Any, int]:
     """Return the reduction that leads to an average on a device, and what is left to divide by.
 
@@ -132,8 +142,8 @@ def averaging(group: Group, device: torch.device) -> tuple[Any, int]:
     factor is a power of two.
     """
     world_size = dist.get_world_size(group)
-    is_power_of_two = world_size & (world_size - 1) == 0
-    if f"{device.type}:nccl" in dist.get_backend_config(group) and is_power_of_two:
+    is_nccl = f"{device.type}:nccl" in dist.get_backend_config(group)
+    if is_nccl and is_power_of_two(world_size):
         return ReduceOp.AVG, 1
     return ReduceOp.SUM, world_size
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from cs336_systems.parallel.collectives import Group, all_gather_object
+from cs336_systems.parallel.collectives import Group, all_gather_object, process_group
 from cs336_systems.parallel.peer_average import average
 from cs336_systems.parallel.peer_memory import NUM_SIGNALS
 
@@ -33,16 +33,15 @@ class GpuMemory:
 
         self._driver: Any = driver
         self._where, self._device = where, device
-        chosen = group if group is not None else dist.group.WORLD
-        assert chosen is not None
+        name = process_group(group).group_name
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._peers = [peer for peer in range(self._world_size) if peer != self._rank]
         self.memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._handle = symmetric_memory.rendezvous(self.memory, chosen.group_name)
+        self._handle = symmetric_memory.rendezvous(self.memory, name)
         num_flags = NUM_SIGNALS * self._world_size
         self._flags = symmetric_memory.empty(num_flags, dtype=torch.int32, device=device)
         self._flags.zero_()
-        self._flag_handle = symmetric_memory.rendezvous(self._flags, chosen.group_name)
+        self._flag_handle = symmetric_memory.rendezvous(self._flags, name)
         # No signal may come before the flags are zero everywhere.
         torch.cuda.synchronize(device)
         all_gather_object(None, group)

@@ -19,7 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cs336_systems.parallel.collectives import Group, all_gather_object
+from cs336_systems.parallel.collectives import (
+    Group,
+    all_gather_object,
+    is_power_of_two,
+    process_group,
+)
 from cs336_systems.parallel.peer_memory import NUM_SIGNALS, has_come
 
 _FLAG_BYTES = 4
@@ -81,8 +86,7 @@ class HostMemory:
         total = rows[0].to(wide, copy=True)
         for row in rows[1:]:
             total += row
-        is_power_of_two = self._world_size & (self._world_size - 1) == 0
-        if is_power_of_two:
+        if is_power_of_two(self._world_size):
             total *= 1 / self._world_size
         else:
             total /= self._world_size
@@ -98,9 +102,8 @@ class HostMemory:
 
 def _limit_s(group: Group) -> float:
     """Return how long the group's own collectives wait."""
-    chosen = group if group is not None else dist.group.WORLD
-    assert chosen is not None
-    return chosen._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    backend = process_group(group)._get_backend(torch.device("cpu"))
+    return backend.options._timeout.total_seconds()
 
 
 def _map_together(num_bytes: int, group: Group, where: str) -> mmap.mmap:

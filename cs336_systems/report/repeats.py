@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from cs336_systems.errors import UsageError, bad
@@ -120,5 +119,4 @@ def _cell(ratios: Ratios | None) -> Cell:
 
 
 def _mean(found: dict[_Case, Ratios], other: str) -> float:
-    logs = [math.log(ratios.middle) for case, ratios in found.items() if case[-1] == other]
-    return math.exp(sum(logs) / len(logs))
+    return geometric_mean(r.middle for case, r in found.items() if case[-1] == other)
