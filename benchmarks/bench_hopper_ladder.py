@@ -41,8 +41,14 @@ SHAPES = tuple(
 )
 # By pass and head dim, what is changed and to what; a switch is thrown where None is given.
 CHANGES: dict[tuple[str, int], dict[str, Any]] = {
-    ("forward", 64): {"ping_pong": None, "persistent": None, "num_groups": 2},
-    ("forward", 128): {"ping_pong": None, "persistent": None},
+    ("forward", 64): {
+        "threes": None,
+        "early": None,
+        "ping_pong": None,
+        "persistent": None,
+        "num_groups": 2,
+    },
+    ("forward", 128): {"threes": None, "early": None, "ping_pong": None, "persistent": None},
     ("backward", 64): {"hold": None, "do_stages": 1, "persistent": None},
     ("backward", 128): {"persistent": None},
 }

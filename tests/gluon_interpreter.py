@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 _HERE = "cs336_systems.attention."
-_SHARED_MODULES = ("hopper_common", "hopper_backward")
+_SHARED_MODULES = ("hopper_common", "hopper_softmax", "hopper_backward")
 
 
 class InterpreterError(Exception):
@@ -449,6 +449,8 @@ def _language() -> ModuleType:
         "zeros": lambda shape, dtype, _layout=None: torch.zeros(shape, dtype=dtype),
         "where": _where,
         "max": lambda x, axis: x.amax(axis),
+        "min": lambda x, axis: x.amin(axis),
+        "reduce": lambda x, axis, combine: functools.reduce(combine, x.unbind(axis)),
         "sum": lambda x, axis: x.sum(axis),
         "exp2": torch.exp2,
         "log2": torch.log2,
@@ -539,11 +541,14 @@ def _stand_in(module: ModuleType) -> None:
         setattr(module, replaced, function)
 
 
-# What the kernels make from the compiler's own names, and what asks for a layout.
+# What the kernels make from the compiler's own names or in assembly, and what asks for a layout.
 _OF_THE_COMPILER: dict[str, Callable[..., Any]] = {
     "reduce_add": lambda descriptor, at, source: _copy_out(descriptor, at, source, add=True),
     "rescale": lambda sums, alpha: sums * alpha[:, None],
     "times": lambda sums, alpha, _: sums * alpha,
+    "as_integers": lambda x: x.view(torch.int32),
+    "as_floats": lambda bits: bits.view(torch.float32),
+    "in_order": lambda x, _: x,
 }
 
 

@@ -262,6 +262,18 @@ def test_maxima_grow_by_less_and_by_more_than_the_slack(
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
+def test_maxima_that_are_negative_and_grow(is_causal: bool, head_dim: int) -> None:
+    """Maxima are looked for as integers, which does not find negative ones."""
+    q, k, v, do = make("contiguous", (2, 2), (300, 800), head_dim, torch.bfloat16, batch=1)
+    with torch.no_grad():
+        q.copy_(q * 0.1 + 1.0)
+        k.copy_(k * 0.1 - 1.0 - torch.arange(800, device=k.device)[:, None] / 16.0)
+    check(q, k, v, do, is_causal=is_causal)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
 def test_the_forward_pass_is_bitwise_repeatable(is_causal: bool, head_dim: int) -> None:
     """A race would show: two hundred runs, one result."""
     q, k, v, _ = make("contiguous", (8, 4), (1100, 1000), head_dim, torch.bfloat16, batch=2)

@@ -35,8 +35,9 @@ FORWARD_TILES = {
         replace(FORWARD[64], ping_pong=False),
         replace(FORWARD[64], persistent=False),
         replace(FORWARD[64], num_groups=2, num_stages=3),
+        replace(FORWARD[64], threes=False, early=False),
     ],
-    128: [FORWARD[128], replace(FORWARD[128], ping_pong=True)],
+    128: [FORWARD[128], replace(FORWARD[128], ping_pong=True), replace(FORWARD[128], early=True)],
 }
 BACKWARD_TILES = {
     64: [
@@ -188,13 +189,35 @@ def test_maxima_grow_by_less_and_by_more_than_the_slack(
     check(*inputs, seed=2, is_causal=is_causal)
 
 
+def all_negative(num_keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return inputs whose logits are all negative and grow by hundreds against the order of the
+    tiles, which begins with the last keys."""
+    q, k, v, do = make(3, (1, 1), (130, num_keys), 64, torch.bfloat16)
+    with torch.no_grad():
+        q.copy_(q * 0.1 + 1.0)
+        k.copy_(k * 0.1 - 1.0 - torch.arange(num_keys)[:, None] / 64.0)
+    return q, k, v, do
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("tile", [FORWARD[64], replace(FORWARD[64], early=False)])
+def test_maxima_that_are_negative_and_grow(tile: ForwardTile, is_causal: bool) -> None:
+    check(*all_negative(700), seed=3, is_causal=is_causal, scale=1.0, tiles=(tile, None))
+
+
+def test_integers_alone_would_miss_maxima_that_are_negative_and_grow() -> None:
+    change = ("gl.min(m_i, 0) < -SLACK", "gl.min(m_i, 0) < -1e9")
+    with pytest.raises(AssertionError):
+        check(*all_negative(700), seed=3, is_causal=False, scale=1.0, changes=(change, None))
+
+
 # A mistake each, in the words of the source; an error or a wrong number is to show it.
 # (K given back too early would not: V, which is fetched after it, is not.)
 FORWARD_MISTAKES = {
     "V given back while it is read": (
-        "acc = warpgroup_mma_wait(0, (acc,))\n        "
+        "acc = warpgroup_mma_wait(0, (acc,))\n            "
         "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)",
-        "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)\n        "
+        "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)\n            "
         "acc = warpgroup_mma_wait(0, (acc,))",
     ),
     "K read before it is there": (
@@ -229,7 +252,7 @@ FORWARD_MISTAKES = {
         "S = warpgroup_mma_wait(2, (S,))",
     ),
     "O not multiplied where the maximum grew": (
-        "acc = times(acc, gl.convert_layout(alpha, O_ROWS)[:, None], HEAD_DIM)",
+        "acc = times(acc, factors, HEAD_DIM)",
         "pass",
     ),
     "skipped tiles not given back": (

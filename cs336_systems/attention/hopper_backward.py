@@ -43,6 +43,7 @@ from cs336_systems.attention.hopper_common import (
     NUM_BARRIERS,
     ROWS,
     hand_back,
+    in_order,
     item_at,
     meet,
     release,
@@ -204,9 +205,10 @@ def one_turn(
 
     mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
     S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # Not behind dP: loads from shared memory and products are in one queue.
+    L = l_slots.index(q_slot).load(COLS)
     mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
     dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    L = l_slots.index(q_slot).load(COLS)
     S_now = warpgroup_mma_wait(1, (S,))
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     if CAUSAL:  # noqa: SIM102 (known when compiled)
@@ -216,6 +218,8 @@ def one_turn(
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
     P = gl.exp2(S_now * qk_scale - L[None, :])
+    if SPLIT:
+        P = in_order(P, ROWS * ROWS // 128)
     P_half = gl.convert_layout(P.to(dtype), HELD)
     D = d_slots.index(do_slot).load(COLS)
     dP_now = warpgroup_mma_wait(0, (dP,))

@@ -144,8 +144,9 @@ def one_turn(
     dO = do_slots.index(slot).reshape([ROWS, HEAD_DIM])
 
     mbarrier.wait(q_full.index(slot), parity)
-    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # Before S: loads from shared memory and products are in one queue.
     L = l_slots.index(slot).load(COLS)
+    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(0, (S,))
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     if CAUSAL:  # noqa: SIM102 (known when compiled)
@@ -154,9 +155,9 @@ def one_turn(
             S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
-    P = gl.exp2(S_now * qk_scale - L[None, :])
     mbarrier.wait(do_full.index(slot), parity)
     D = d_slots.index(slot).load(COLS)
+    P = gl.exp2(S_now * qk_scale - L[None, :])
     rest = warpgroup_mma(minus_V, dO.permute((1, 0)), D[None, :] * (zeros + 1.0), is_async=True)
     rest_now = warpgroup_mma_wait(0, (rest,))  # D - dP
     dS = (P * -1.0 * rest_now).to(dtype)

@@ -85,3 +85,25 @@ def hand_back(which, READERS: gl.constexpr):
 def take_back(which, READERS: gl.constexpr):
     """Wait, as the fetching warp, until READERS warpgroups are done with a slot."""
     _come(which, True, 128 * READERS + 32)
+
+
+_IN_ORDER = gl.constexpr(
+    "{ .reg .u32 t; .reg .pred p; AGAIN: mov.u32 t, %clock; setp.eq.u32 p, t, 0; @p bra AGAIN; }"
+)
+
+
+@constexpr_function
+def _in_order_operands(num):
+    return ",".join(["=f"] * num + [str(at) for at in range(num)])
+
+
+@gluon.jit
+def in_order(x, NUM: gl.constexpr):
+    """Return x, of which each thread has NUM floats, before anything that is below in the source.
+
+    The assembler puts a wait for a product before what was to be done meanwhile, unless that is in
+    a block of code of its own, which a loop ends.
+    """
+    return gl.inline_asm_elementwise(
+        _IN_ORDER, _in_order_operands(NUM), [x], dtype=gl.float32, is_pure=False, pack=NUM
+    )

@@ -23,7 +23,6 @@ Source: Shah et al. 2024 (FlashAttention-3), section 3; Dao 2023 (FlashAttention
 
 from __future__ import annotations
 
-from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -44,6 +43,7 @@ from cs336_systems.attention.hopper_common import (
     sums_layout,
     take_back,
 )
+from cs336_systems.attention.hopper_softmax import rescale, row_max, row_sum, times
 
 LN_2 = gl.constexpr(0.6931471805599453)
 SLACK = gl.constexpr(8.0)
@@ -103,59 +103,63 @@ def produce(
 
 
 @gluon.jit
-def row_sum(P, BLOCK_N: gl.constexpr):
-    """Return the sums of what each thread holds of a row; the four threads that share a row are
-    added up once, at the end."""
-    return gl.sum(gl.sum(P.reshape([64, BLOCK_N // 8, 4, 2]), 3), 1)
+def go_through(
+    WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, THREES: gl.constexpr,
+    PING_PONG: gl.constexpr, EARLY: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    dtype: gl.constexpr,
+    Q, k_slots, v_slots, k_full, v_full, acc, P_half, m_i, l_i, begin, end, qk_scale,
+):  # fmt: skip
+    """Attend to the tiles of keys from `begin` to `end` in the ring, of which none is masked.
 
-
-@gluon.jit
-def rescale(l_i, alpha):
-    inner: gl.constexpr = gl.SliceLayout(1, l_i.type.layout)
-    return l_i * gl.convert_layout(alpha, inner)[:, None]
-
-
-@constexpr_function
-def _multiply_text(num):
-    """Multiply if one of a thread's two rows, in any thread of the warp, has a factor other than 1.
-
-    Operands: num products, which begin as the numbers themselves, and num factors.
+    P_half is P of the tile before, and P of the last tile where this returns. With THREES, m_i must
+    be at least -SLACK: a tile of negative scores alone, whose maximum is not found, is then no
+    reason to raise it.
     """
-    one, other = 2 * num, 2 * num + 2  # Rows alternate by two.
-    products = " ".join(f"mul.f32 ${at}, ${at}, ${2 * num + at};" for at in range(num))
-    return (
-        "{ .reg .pred p, q; "
-        f"setp.neu.f32 p, ${one}, 0f3F800000; setp.neu.f32 q, ${other}, 0f3F800000; "
-        "or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; "
-        f"@!p bra DONE; {products} DONE: }}"
-    )
-
-
-@constexpr_function
-def _multiply_operands(num):
-    return ",".join(["=f"] * num + [str(at) for at in range(num)] + ["f"] * num)
-
-
-@gluon.jit
-def times(acc, alpha, HEAD_DIM: gl.constexpr):
-    """Return acc * alpha; warps whose alphas are all 1 jump over the products."""
-    NUM: gl.constexpr = HEAD_DIM // 2  # a thread's share
-    acc, alpha = gl.broadcast(acc, alpha)
-    return gl.inline_asm_elementwise(
-        _multiply_text(NUM),
-        _multiply_operands(NUM),
-        [acc, alpha],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=NUM,
-    )
+    S_LAYOUT: gl.constexpr = sums_layout(BLOCK_N)
+    O_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    NEXT: gl.constexpr = (WHICH + 1) % NUM_GROUPS
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
+    for at in range(begin, end):
+        slot, before = at % STAGES, (at - 1) % STAGES
+        mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)
+        K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
+        if PING_PONG:
+            meet(WHICH, True)
+        S = warpgroup_mma(Q, K.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
+        V = v_slots.index(before).reshape([BLOCK_N, HEAD_DIM])
+        acc = warpgroup_mma(P_half, V, acc, is_async=True)
+        if PING_PONG:
+            meet(NEXT, False)
+        S = warpgroup_mma_wait(1, (S,))
+        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
+        m_tile = gl.convert_layout(row_max(S, BLOCK_N, THREES), S_ROWS) * qk_scale
+        m_new = gl.where(m_tile > m_i + SLACK, m_tile, m_i)
+        alpha = gl.exp2(m_i - m_new)
+        factors = gl.convert_layout(alpha, O_ROWS)[:, None]
+        if EARLY:
+            acc = warpgroup_mma_wait(0, (acc,))
+            hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)
+            acc = times(acc, factors, HEAD_DIM)
+        P = gl.exp2(S * qk_scale - m_new[:, None])
+        l_i = rescale(l_i, alpha) + row_sum(P, BLOCK_N)
+        m_i = m_new
+        if not EARLY:
+            acc = warpgroup_mma_wait(0, (acc,))
+            hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)
+            acc = times(acc, factors, HEAD_DIM)
+        P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
+    return acc, P_half, m_i, l_i
 
 
 @gluon.jit
 def attend(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, THREES: gl.constexpr, EARLY: gl.constexpr,
+    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
     items_ptr, item, num_heads, tile, done, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
@@ -206,30 +210,17 @@ def attend(
     P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
     acc = gl.zeros((ROWS, HEAD_DIM), gl.float32, O_LAYOUT)
 
-    for at in range(ring + first + 1, ring + num):
-        slot, before = at % STAGES, (at - 1) % STAGES
-        mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)
-        K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
-        if PING_PONG:
-            meet(WHICH, True)
-        S = warpgroup_mma(Q, K.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
-        V = v_slots.index(before).reshape([BLOCK_N, HEAD_DIM])
-        acc = warpgroup_mma(P_half, V, acc, is_async=True)
-        if PING_PONG:
-            meet(NEXT, False)
-        S = warpgroup_mma_wait(1, (S,))
-        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
-        m_tile = gl.max(S, 1) * qk_scale
-        m_new = gl.where(m_tile > m_i + SLACK, m_tile, m_i)
-        alpha = gl.exp2(m_i - m_new)
-        P = gl.exp2(S * qk_scale - m_new[:, None])
-        l_i = rescale(l_i, alpha) + row_sum(P, BLOCK_N)
-        m_i = m_new
-        acc = warpgroup_mma_wait(0, (acc,))
-        hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)
-        acc = times(acc, gl.convert_layout(alpha, O_ROWS)[:, None], HEAD_DIM)
-        P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
+    begin, end = ring + first + 1, ring + num
+    if not THREES or gl.min(m_i, 0) < -SLACK:
+        acc, P_half, m_i, l_i = go_through(
+            WHICH, NUM_GROUPS, STAGES, False, PING_PONG, EARLY, BLOCK_N, HEAD_DIM, dtype,
+            Q, k_slots, v_slots, k_full, v_full, acc, P_half, m_i, l_i, begin, end, qk_scale,
+        )  # fmt: skip
+    else:
+        acc, P_half, m_i, l_i = go_through(
+            WHICH, NUM_GROUPS, STAGES, True, PING_PONG, EARLY, BLOCK_N, HEAD_DIM, dtype,
+            Q, k_slots, v_slots, k_full, v_full, acc, P_half, m_i, l_i, begin, end, qk_scale,
+        )  # fmt: skip
 
     release(q_empty.index(WHICH))
     last_at = ring + num - 1
@@ -261,8 +252,8 @@ def attend(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_N: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, THREES: gl.constexpr, EARLY: gl.constexpr,
+    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
     items_ptr, num_heads, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
@@ -275,8 +266,8 @@ def consume(
     while tile >= 0:
         num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
         item, tile = attend(
-            WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM,
-            o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full,
+            WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+            HEAD_DIM, o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full,
             v_full, items_ptr, item, num_heads, tile, done, ring, num, num_queries,
             num_keys, qk_scale,
         )  # fmt: skip
@@ -303,6 +294,8 @@ def forward_kernel(
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
     PING_PONG: gl.constexpr,
+    THREES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """Compute O and L; qk_scale is scale * log2(e) > 0."""
     BLOCK_N: gl.constexpr = k.block_shape[2]
@@ -339,40 +332,45 @@ def forward_kernel(
             [
                 (
                     consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+                     HEAD_DIM)
                     + shared,
                 ),
                 (
                     consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+                     HEAD_DIM)
                     + shared,
                 ),
                 (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     else:
         gl.static_assert(NUM_GROUPS == 3)
         gl.warp_specialize(
             [
                 (
                     consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+                     HEAD_DIM)
                     + shared,
                 ),
                 (
                     consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+                     HEAD_DIM)
                     + shared,
                 ),
                 (
                     consume,
-                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, BLOCK_N, HEAD_DIM)
+                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+                     HEAD_DIM)
                     + shared,
                 ),
                 (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
             ],
             [4, 4, 1],
             [160, 160, 32],
-        )
+        )  # fmt: skip

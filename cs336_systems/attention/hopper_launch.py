@@ -49,6 +49,10 @@ class ForwardTile:
     """Whether groups take turns with the tensor cores."""
     persistent: bool
     """Whether there are no more programs than multiprocessors, each with many items of work."""
+    threes: bool
+    """Whether maxima are looked for as integers, three numbers at a time."""
+    early: bool
+    """Whether O is multiplied before the exponentials, for which the last P V has to be done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +72,24 @@ class BackwardTile:
 
 
 FORWARD = {
-    64: ForwardTile(num_groups=3, block_n=128, num_stages=2, ping_pong=True, persistent=True),
-    128: ForwardTile(num_groups=2, block_n=128, num_stages=2, ping_pong=False, persistent=True),
+    64: ForwardTile(
+        num_groups=3,
+        block_n=128,
+        num_stages=2,
+        ping_pong=True,
+        persistent=True,
+        threes=True,
+        early=True,
+    ),
+    128: ForwardTile(
+        num_groups=2,
+        block_n=128,
+        num_stages=2,
+        ping_pong=False,
+        persistent=True,
+        threes=True,
+        early=False,
+    ),
 }
 """By head dim, as BACKWARD."""
 BACKWARD = {
@@ -151,6 +171,8 @@ def plan_hopper_forward(
         "CAUSAL": causal,
         "KEY_TAIL": num_keys % tile.block_n != 0,
         "PING_PONG": tile.ping_pong,
+        "THREES": tile.threes,
+        "EARLY": tile.early,
     }
     return Launch(
         kernel=forward_kernel,
