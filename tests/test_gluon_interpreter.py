@@ -43,10 +43,15 @@ BACKWARD_TILES = {
     64: [
         BACKWARD[64],
         replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
+        replace(BACKWARD[64], ahead=True),
         THREE_GROUPS,
         replace(THREE_GROUPS, q_stages=2, do_stages=2, persistent=False),
     ],
-    128: [BACKWARD[128], replace(BACKWARD[128], q_stages=3, hold=True)],
+    128: [
+        BACKWARD[128],
+        replace(BACKWARD[128], q_stages=3, hold=True),
+        replace(BACKWARD[128], ahead=True),
+    ],
 }
 
 
@@ -275,8 +280,8 @@ BACKWARD_MISTAKES = {
     "dQ's staging overwritten": ("    tma.store_wait(0)  # what the slot had before\n", ""),
     "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
     "Q given back a turn early": (
-        "dk = warpgroup_mma_wait(0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
-        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(0, (dk,))",
+        "dk = warpgroup_mma_wait(1 if AHEAD else 0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
+        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(1 if AHEAD else 0, (dk,))",
     ),
     "dO read before it is there": (
         "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
@@ -320,6 +325,21 @@ BACKWARD_MISTAKES = {
 }
 
 
+# Of the same kernel where S is computed a turn ahead.
+AHEAD = replace(BACKWARD[128], ahead=True)
+AHEAD_MISTAKES = {
+    "the next Q not waited for": (
+        "mbarrier.wait(q_full.index(slot), (following // Q_STAGES) & 1)",
+        "pass",
+    ),
+    "S of this turn once more": ("following = gl.minimum(turn + 1, last)", "following = turn"),
+    "S of a turn past the last": ("following = gl.minimum(turn + 1, last)", "following = turn + 1"),
+    "S taken while in flight": (
+        "S_now = warpgroup_mma_wait(0, (S,))",
+        "S_now = warpgroup_mma_wait(1, (S,))",
+    ),
+    "S and dK waited for": ("1 if AHEAD else 0, (dk,)", "2, (dk,)"),
+}
 # Of the kernel with three groups.
 THREE_GROUPS_MISTAKES = {
     "dS of the other groups not waited for": (
@@ -397,11 +417,18 @@ def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
 
 
+@pytest.mark.parametrize("mistake", AHEAD_MISTAKES)
+def test_mistakes_of_a_turn_ahead_are_found(mistake: str) -> None:
+    assert is_found((None, AHEAD_MISTAKES[mistake]), 128, tile=AHEAD)
+
+
 @pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)
 def test_mistakes_of_the_backward_kernel_with_three_groups_are_found(mistake: str) -> None:
     assert is_found((None, THREE_GROUPS_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
 
 
-@pytest.mark.parametrize(("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS)])
+@pytest.mark.parametrize(
+    ("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS), (128, AHEAD)]
+)
 def test_without_a_mistake_nothing_is_found(head_dim: int, tile: BackwardTile | None) -> None:
     assert not is_found((None, None), head_dim, num_orders=3, tile=tile)

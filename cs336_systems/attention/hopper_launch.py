@@ -66,6 +66,8 @@ class BackwardTile:
     """Whether K and V are held in registers."""
     persistent: bool
     """As ForwardTile's."""
+    ahead: bool = False
+    """Whether, with two groups, the next turn's S is computed while dQ is sent."""
     num_groups: int = 2
     """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel, which holds V alone
     and gives Q and dO back together."""
@@ -246,7 +248,12 @@ def _constants(tile: BackwardTile) -> dict[str, int | bool]:
     """Return what a tile sets in its kernel."""
     if tile.num_groups == 3:
         return {"STAGES": tile.q_stages}
-    return {"Q_STAGES": tile.q_stages, "DO_STAGES": tile.do_stages, "HOLD": tile.hold}
+    return {
+        "Q_STAGES": tile.q_stages,
+        "DO_STAGES": tile.do_stages,
+        "HOLD": tile.hold,
+        "AHEAD": tile.ahead,
+    }
 
 
 def _layout(block: list[int], dtype: torch.dtype) -> Any:
