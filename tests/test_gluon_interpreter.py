@@ -280,8 +280,8 @@ BACKWARD_MISTAKES = {
     "dQ's staging overwritten": ("    tma.store_wait(0)  # what the slot had before\n", ""),
     "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
     "Q given back a turn early": (
-        "dk = warpgroup_mma_wait(1 if AHEAD else 0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
-        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(1 if AHEAD else 0, (dk,))",
+        "dk = warpgroup_mma_wait(0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
+        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(0, (dk,))",
     ),
     "dO read before it is there": (
         "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
@@ -325,7 +325,7 @@ BACKWARD_MISTAKES = {
 }
 
 
-# Of the same kernel where S is computed a turn ahead.
+# Of the kernel that computes S a turn ahead.
 AHEAD = replace(BACKWARD[128], ahead=True)
 AHEAD_MISTAKES = {
     "the next Q not waited for": (
@@ -335,10 +335,26 @@ AHEAD_MISTAKES = {
     "S of this turn once more": ("following = gl.minimum(turn + 1, last)", "following = turn"),
     "S of a turn past the last": ("following = gl.minimum(turn + 1, last)", "following = turn + 1"),
     "S taken while in flight": (
-        "S_now = warpgroup_mma_wait(0, (S,))",
         "S_now = warpgroup_mma_wait(1, (S,))",
+        "S_now = warpgroup_mma_wait(2, (S,))",
     ),
-    "S and dK waited for": ("1 if AHEAD else 0, (dk,)", "2, (dk,)"),
+    "dQ taken while in flight": (
+        "dQ_now = warpgroup_mma_wait(1, (dQ,))",
+        "dQ_now = warpgroup_mma_wait(2, (dQ,))",
+    ),
+    "nobody gives dO back": ("    hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)\n", ""),
+    "Q given back while dK reads it": (
+        "dk = warpgroup_mma_wait(0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
+        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(0, (dk,))",
+    ),
+    "the mask of this turn": ("S_now, L, next_row0,", "S_now, L, next_row0 - ROWS,"),
+    "L of this turn": (
+        "L = l_slots.index(slot).load(COLS)",
+        "L = l_slots.index(q_slot).load(COLS)",
+    ),
+    "dS of the other group not waited for": ("meet(0, True)", "meet(0, False)"),
+    "one buffer of dS": ("dS_all = ds_slots.index(turn & 1)", "dS_all = ds_slots.index(0)"),
+    "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
 }
 # Of the kernel with three groups.
 THREE_GROUPS_MISTAKES = {

@@ -17,11 +17,8 @@ A turn, with what the tensor cores do meanwhile in brackets:
   dQ = dS K, dK += dS^T Q
   send dQ off                               [dK]
 dV could begin before dS^T, but then one group's dV would be in the way of the other's dP^T, for
-which both wait.
-
-AHEAD: the next turn's S^T is asked for before dQ is sent, so that the tensor cores have it to do
-meanwhile; dP^T then behind the exponentials, for there are no registers for both. Asked for before
-them, ptxas would let no product be in flight.
+which both wait. No product is in flight from one turn to the next: ptxas would then let none be in
+flight.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), appendix.
 """
@@ -179,14 +176,12 @@ def store_rows(target, batch, kv_head, row0, num_rows, stage, rows, dtype: gl.co
 @gluon.jit
 def one_turn(
     dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V, ds_slots, dq_slots,
-    q_full, do_full, S, turn, last, row, row0, key0, num_keys, qk_scale,
+    q_full, do_full, turn, row, row0, key0, num_keys, qk_scale,
     PARITY: gl.constexpr, WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row: its first query's row in L, D and the dQ buffer. PARITY of the turn counts
     where groups take turns with dQ. K and V: this group's, if they are held in registers.
-
-    With AHEAD, S is in flight, and the next turn's is returned; the last turn has it for nothing.
 
     `turn >> 30` is 0, which the compiler cannot know: addresses that it takes for fixed it computes
     before the loop, more than there are registers for.
@@ -208,19 +203,13 @@ def one_turn(
     dO = do_slots.index(do_slot).reshape([ROWS, HEAD_DIM])
     dS_all = ds_slots.index(turn & 1)
 
-    if not AHEAD:
-        mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
-        S_here = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(q_full.index(q_slot), (turn // Q_STAGES) & 1)
+    S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     # Not behind dP: loads from shared memory and products are in one queue.
     L = l_slots.index(q_slot).load(COLS)
-    if AHEAD:
-        S_now = warpgroup_mma_wait(0, (S,))
-        mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
-        D = d_slots.index(do_slot).load(COLS)
-    else:
-        mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
-        dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        S_now = warpgroup_mma_wait(1, (S_here,))
+    mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
+    dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    S_now = warpgroup_mma_wait(1, (S,))
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     if CAUSAL:  # noqa: SIM102 (known when compiled)
         if row0 < key0 + (WHICH + 1) * ROWS:
@@ -231,11 +220,8 @@ def one_turn(
     P = gl.exp2(S_now * qk_scale - L[None, :])
     if SPLIT:
         P = in_order(P, ROWS * ROWS // 128)
-    if AHEAD:
-        dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
     P_half = gl.convert_layout(P.to(dtype), HELD)
-    if not AHEAD:
-        D = d_slots.index(do_slot).load(COLS)
+    D = d_slots.index(do_slot).load(COLS)
     dP_now = warpgroup_mma_wait(0, (dP,))
     dS = (P * (dP_now - D[None, :])).to(dtype)
     dS_all.slice(WHICH * ROWS, ROWS, 0).store(dS)
@@ -255,24 +241,17 @@ def one_turn(
         gl.thread_barrier()
         dv = warpgroup_mma_wait(1, (dv,))
     hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)
-    if AHEAD:
-        following = gl.minimum(turn + 1, last)
-        slot = following % Q_STAGES
-        mbarrier.wait(q_full.index(slot), (following // Q_STAGES) & 1)
-        Q_next = q_slots.index(slot).reshape([ROWS, HEAD_DIM])
-        S = warpgroup_mma(K, Q_next.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if MINE:
         send(dq, dq_slots.index(WHICH), dQ_now, row, WHICH, SPLIT)
-    dk = warpgroup_mma_wait(1 if AHEAD else 0, (dk,))
+    dk = warpgroup_mma_wait(0, (dk,))
     hand_back(Q_BARRIERS + q_slot, 2)
-    return dk, dv, S
+    return dk, dv
 
 
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
     dq_slots, out_slots, kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
@@ -299,24 +278,17 @@ def consume(
         K, V = K_here, V_here
         if HOLD:
             K, V = K.load(KV_LAYOUT), V.load(KV_LAYOUT)
-        S = gl.zeros((ROWS, ROWS), gl.float32, sums_layout(ROWS))
-        if AHEAD:
-            mbarrier.wait(q_full.index(ring % Q_STAGES), (ring // Q_STAGES) & 1)
-            Q = q_slots.index(ring % Q_STAGES).reshape([ROWS, HEAD_DIM])
-            S = warpgroup_mma(K, Q.permute((1, 0)), S, use_acc=False, is_async=True)
         for first in range(0, GROUP * per_head, STEP):  # an even number of turns
             for half in gl.static_range(STEP):
                 turn = first + half
                 member, row0 = place(turn, first_row, per_head, GROUP)
                 row = head_row + member * num_queries_padded + row0
-                dk, dv, S = one_turn(
+                dk, dv = one_turn(
                     dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
-                    ds_slots, dq_slots, q_full, do_full, S, ring + turn,
-                    ring + GROUP * per_head - 1, row, row0, key0, num_keys, qk_scale,
-                    half, WHICH, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL,
+                    ds_slots, dq_slots, q_full, do_full, ring + turn, row, row0, key0, num_keys,
+                    qk_scale,
+                    half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
                 )  # fmt: skip
-        if AHEAD:
-            warpgroup_mma_wait(0, (S,))
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
         tile, batch, kv_head, item = item_at(items_ptr, item)
@@ -343,7 +315,6 @@ def backward_kernel(
     Q_STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr,
     HOLD: gl.constexpr,
-    AHEAD: gl.constexpr,
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -387,11 +358,11 @@ def backward_kernel(
         [
             (
                 consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
+                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (
                 consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
+                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],

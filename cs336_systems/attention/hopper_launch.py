@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
+from cs336_systems.attention.hopper_backward_ahead import backward_kernel as kernel_ahead
 from cs336_systems.attention.hopper_backward_three import backward_kernel as kernel_of_three
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
@@ -67,7 +68,7 @@ class BackwardTile:
     persistent: bool
     """As ForwardTile's."""
     ahead: bool = False
-    """Whether, with two groups, the next turn's S is computed while dQ is sent."""
+    """Whether, with two groups, a turn's S is computed during the turn before: another kernel."""
     num_groups: int = 2
     """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel, which holds V alone
     and gives Q and dO back together."""
@@ -236,12 +237,18 @@ def plan_hopper_backward(
         "KEY_TAIL": num_keys % keys != 0,
     }
     return Launch(
-        kernel=backward_kernel if is_pair else kernel_of_three,
+        kernel=_backward_kernel(tile),
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
         constants=("items_ptr",),
     )
+
+
+def _backward_kernel(tile: BackwardTile) -> Any:
+    if tile.num_groups == 3:
+        return kernel_of_three
+    return kernel_ahead if tile.ahead else backward_kernel
 
 
 def _constants(tile: BackwardTile) -> dict[str, int | bool]:
@@ -252,7 +259,6 @@ def _constants(tile: BackwardTile) -> dict[str, int | bool]:
         "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
         "HOLD": tile.hold,
-        "AHEAD": tile.ahead,
     }
 
 
