@@ -24,6 +24,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,7 +34,14 @@ import torch
 from torch import Tensor
 
 _HERE = "cs336_systems.attention."
-_SHARED_MODULES = ("hopper_common", "hopper_softmax", "hopper_backward")
+_SHARED_MODULES = (
+    "hopper_common",
+    "hopper_softmax",
+    "hopper_gradients",
+    "hopper_backward_ahead",
+    "hopper_backward",
+)
+"""In the order in which they need each other."""
 
 
 class InterpreterError(Exception):
@@ -509,31 +517,35 @@ Change = tuple[str, str]
 """What is to stand for what in a kernel's source: a mistake, planted to be found."""
 
 
-def _run_source(name: str, change: Change | None = None) -> ModuleType:
-    """Run a module's source anew, with the stand-ins that are there."""
+def _source(name: str) -> tuple[ModuleSpec, str]:
+    """Return where a module is, and its source."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.origin is not None
-    source = Path(spec.origin).read_text()
+    return spec, Path(spec.origin).read_text()
+
+
+def _run_source(name: str, change: Change | None) -> ModuleType:
+    """Run a module's source anew, with the stand-ins and the modules that are there."""
+    spec, source = _source(name)
     if change is not None:
-        # No AssertionError, for which a planted mistake would be taken that was never planted.
-        if change[0] not in source:
-            raise LookupError(f"{name} has nothing to change: {change[0]}")
         source = source.replace(*change)
     module = importlib.util.module_from_spec(spec)
-    exec(compile(source, spec.origin, "exec"), module.__dict__)
+    exec(compile(source, spec.origin or name, "exec"), module.__dict__)
+    _stand_in(module)
     return module
 
 
 @functools.cache
 def _interpreted(name: str, change: Change | None) -> ModuleType:
+    shared = [_HERE + each for each in _SHARED_MODULES]
+    # No AssertionError, for which a planted mistake would be taken that was never planted.
+    if change is not None and not any(change[0] in _source(each)[1] for each in (*shared, name)):
+        raise LookupError(f"{name} has nothing to change: {change[0]}")
     with mock.patch.dict(sys.modules, _modules()):
-        for shared in _SHARED_MODULES:
-            sys.modules[_HERE + shared] = _run_source(_HERE + shared)
-            _stand_in(sys.modules[_HERE + shared])
-        module = _run_source(name, change)
-    _stand_in(module)
-    return module
+        for each in shared:
+            sys.modules[each] = _run_source(each, change)
+        return _run_source(name, change)
 
 
 def _stand_in(module: ModuleType) -> None:

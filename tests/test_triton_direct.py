@@ -17,11 +17,12 @@ from triton.backends.nvidia import driver
 from triton.compiler import CompiledKernel
 
 from cs336_systems.attention.hopper_launch import plan_hopper_backward, plan_hopper_forward
+from cs336_systems.attention.triton_direct import KNOWN_TRITON
 from cs336_systems.attention.triton_launch import Launch
-from cs336_systems.attention.triton_replay import Plan
+from cs336_systems.attention.triton_replay import Plan, Replay
 
 pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith("3.6."), reason="reaches into Triton 3.6"
+    not triton.__version__.startswith(KNOWN_TRITON), reason=f"reaches into Triton {KNOWN_TRITON}x"
 )
 _FIRST = len("iiiKKppOOOOOO")
 """Arguments of a compiled launcher before the kernel's own."""
@@ -134,11 +135,17 @@ def plan(notes: Notes, *, backward: bool) -> Plan:
     return Plan(ready, inputs, results)
 
 
-def replayed(notes: Notes, planned: Plan, switch: str, inputs: list[Tensor]) -> None:
-    """Run a plan again, with results at given addresses."""
+def first_run(planned: Plan, switch: str) -> Replay:
+    """Return what repeats a plan, with the switch on or off."""
     with mock.patch.dict("os.environ", {"CS336_DIRECT_LAUNCH": switch}):
         replay = planned.run([])
     assert replay is not None
+    return replay
+
+
+def replayed(planned: Plan, switch: str, inputs: list[Tensor]) -> None:
+    """Run a plan again, with results at given addresses."""
+    replay = first_run(planned, switch)
     assert all((step.direct is not None) == (switch == "1") for step in replay.steps)
     with mock.patch.object(torch, "empty_strided", side_effect=planned.results.values()):
         replay.run(inputs)
@@ -148,11 +155,11 @@ def replayed(notes: Notes, planned: Plan, switch: str, inputs: list[Tensor]) -> 
 def test_the_launcher_is_called_as_by_triton(notes: Notes, backward: bool) -> None:
     planned = plan(notes, backward=backward)
     inputs = [torch.zeros_like(tensor) for tensor in planned.inputs.values()]
-    replayed(notes, planned, "0", inputs)
+    replayed(planned, "0", inputs)
     by_triton, described = notes.seen(), notes.described.copy()
     notes.launched.clear()
     notes.described.clear()
-    replayed(notes, planned, "1", inputs)
+    replayed(planned, "1", inputs)
     assert len(by_triton) == 1
     assert notes.seen() == by_triton
     assert notes.described == described
@@ -160,9 +167,7 @@ def test_the_launcher_is_called_as_by_triton(notes: Notes, backward: bool) -> No
 
 def test_a_description_is_made_once_for_each_address(notes: Notes) -> None:
     planned = plan(notes, backward=False)
-    with mock.patch.dict("os.environ", {"CS336_DIRECT_LAUNCH": "1"}):
-        replay = planned.run([])
-    assert replay is not None
+    replay = first_run(planned, "1")
     (step,) = replay.steps
     assert step.direct is not None
     for address in (64, 128, 64, 128):
@@ -176,9 +181,7 @@ def test_a_description_is_made_once_for_each_address(notes: Notes) -> None:
 
 def test_hooks_get_triton_s_own_launch(notes: Notes) -> None:
     planned = plan(notes, backward=False)
-    with mock.patch.dict("os.environ", {"CS336_DIRECT_LAUNCH": "1"}):
-        replay = planned.run([])
-    assert replay is not None
+    replay = first_run(planned, "1")
     (step,) = replay.steps
     assert step.direct is not None
     hook = triton.knobs.runtime.launch_enter_hook
@@ -205,10 +208,6 @@ def test_scratch_memory_is_left_to_triton(notes: Notes) -> None:
         return kernel
 
     real = compiled
-    with (
-        mock.patch.dict("os.environ", {"CS336_DIRECT_LAUNCH": "1"}),
-        mock.patch(f"{__name__}.compiled", with_scratch),
-    ):
-        replay = planned.run([])
-    assert replay is not None
+    with mock.patch(f"{__name__}.compiled", with_scratch):
+        replay = first_run(planned, "1")
     assert [step.direct for step in replay.steps] == [None]

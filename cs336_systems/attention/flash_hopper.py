@@ -14,6 +14,7 @@ from torch import Tensor
 from cs336_systems.attention.arguments import check_arguments, scale_or_default
 from cs336_systems.attention.autograd import autocast_inputs, distinct
 from cs336_systems.attention.flash_triton import FlashAttentionTriton
+from cs336_systems.attention.triton_direct import KNOWN_TRITON
 from cs336_systems.attention.triton_launch import TMA_FLOPS
 from cs336_systems.attention.triton_run import HOPPER, PORTABLE
 from cs336_systems.errors import UsageError, unknown
@@ -21,8 +22,6 @@ from cs336_systems.errors import UsageError, unknown
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 CAPABILITY = (9, 0)
-# Gluon's names and what they mean change with every release.
-_TRITON = "3.6."
 _logger = logging.getLogger(__name__)
 KERNELS = ("auto", PORTABLE, HOPPER)
 
@@ -84,8 +83,8 @@ def unfit(q: Tensor, scale: float | None) -> str | None:
         return f"query must be on a CUDA device, got {q.device}"
     if (found := torch.cuda.get_device_capability(q.device)) != CAPABILITY:
         return f"device must have compute capability 9.0, got {found[0]}.{found[1]}"
-    if not triton.__version__.startswith(_TRITON):
-        return f"Triton must be {_TRITON}x, got {triton.__version__}"
+    if not triton.__version__.startswith(KNOWN_TRITON):
+        return f"Triton must be {KNOWN_TRITON}x, got {triton.__version__}"
     if q.dtype not in DTYPES:
         return f"query must have dtype float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:

@@ -27,10 +27,8 @@ Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttenti
 
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -39,29 +37,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from cs336_systems.attention.hopper_backward_ahead import one_turn_ahead
 from cs336_systems.attention.hopper_common import (
     NUM_BARRIERS,
     ROWS,
     hand_back,
-    in_order,
     item_at,
     meet,
     release,
     sums_layout,
     take_back,
 )
-
-KEYS = gl.constexpr(128)
-Q_BARRIERS = gl.constexpr(2)
-"""Named barriers: two at which groups meet, then those of Q's slots and of dO's."""
-
-
-@builtin
-def reduce_add(desc, coord, src, _semantic=None):
-    """Add a tile of shared memory to global memory, asynchronously."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, src.handle)
+from cs336_systems.attention.hopper_gradients import KEYS, Q_BARRIERS, send, times_keys, weights
 
 
 @gluon.jit
@@ -138,30 +125,6 @@ def produce(
 
 
 @gluon.jit
-def times_keys(dS, K_all, WHICH: gl.constexpr, SPLIT: gl.constexpr):
-    """Begin dQ = dS K: this group's half of the columns, or all of them."""
-    K = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
-    zeros = gl.zeros((ROWS, 64), gl.float32, sums_layout(64))
-    return warpgroup_mma(dS.permute((1, 0)), K, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
-    """Add 64 x 64 of dQ to the buffer, in fragment order (see `plan_hopper_backward`).
-
-    Each thread then stores 16 bytes at a time, no two threads in one bank.
-    """
-    fragments = dQ.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
-    tma.store_wait(0)  # what the slot had before
-    gl.thread_barrier()
-    dq_slot.store(fragments.reshape([128, 32]))
-    fence_async_shared()
-    gl.thread_barrier()
-    at = row * 4 + WHICH * 128 if SPLIT else row * 2
-    reduce_add(dq, [at, 0], dq_slot)
-
-
-@gluon.jit
 def store_rows(target, batch, kv_head, row0, num_rows, stage, rows, dtype: gl.constexpr):
     """Send the rows of a group to `target`, once `stage` is free."""
     tma.store_wait(0)
@@ -210,16 +173,7 @@ def one_turn(
     mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
     dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(1, (S,))
-    keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    if CAUSAL:  # noqa: SIM102 (known when compiled)
-        if row0 < key0 + (WHICH + 1) * ROWS:
-            rows = row0 + gl.arange(0, ROWS, COLS)
-            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
-    if KEY_TAIL:
-        S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
-    P = gl.exp2(S_now * qk_scale - L[None, :])
-    if SPLIT:
-        P = in_order(P, ROWS * ROWS // 128)
+    P = weights(S_now, L, row0, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL, SPLIT)
     P_half = gl.convert_layout(P.to(dtype), HELD)
     D = d_slots.index(do_slot).load(COLS)
     dP_now = warpgroup_mma_wait(0, (dP,))
@@ -251,7 +205,8 @@ def one_turn(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HOLD: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
     dq_slots, out_slots, kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
@@ -278,17 +233,37 @@ def consume(
         K, V = K_here, V_here
         if HOLD:
             K, V = K.load(KV_LAYOUT), V.load(KV_LAYOUT)
+        if AHEAD:
+            slot = ring % Q_STAGES
+            mbarrier.wait(q_full.index(slot), (ring // Q_STAGES) & 1)
+            Q = q_slots.index(slot).reshape([ROWS, HEAD_DIM])
+            S = gl.zeros((ROWS, ROWS), gl.float32, sums_layout(ROWS))
+            S = warpgroup_mma(K, Q.permute((1, 0)), S, use_acc=False, is_async=True)
+            S_now = warpgroup_mma_wait(0, (S,))
+            L = l_slots.index(slot).load(gl.SliceLayout(0, sums_layout(ROWS)))
+            P = weights(
+                S_now, L, first_row, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL, True
+            )
         for first in range(0, GROUP * per_head, STEP):  # an even number of turns
             for half in gl.static_range(STEP):
                 turn = first + half
                 member, row0 = place(turn, first_row, per_head, GROUP)
                 row = head_row + member * num_queries_padded + row0
-                dk, dv = one_turn(
-                    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
-                    ds_slots, dq_slots, q_full, do_full, ring + turn, row, row0, key0, num_keys,
-                    qk_scale,
-                    half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
-                )  # fmt: skip
+                if AHEAD:
+                    _, next_row0 = place(turn + 1, first_row, per_head, GROUP)
+                    dk, dv, P = one_turn_ahead(
+                        dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
+                        ds_slots, dq_slots, q_full, do_full, P, ring + turn,
+                        ring + GROUP * per_head - 1, row, next_row0, key0, num_keys, qk_scale,
+                        half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
+                    )  # fmt: skip
+                else:
+                    dk, dv = one_turn(
+                        dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
+                        ds_slots, dq_slots, q_full, do_full, ring + turn, row, row0, key0,
+                        num_keys, qk_scale,
+                        half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
+                    )  # fmt: skip
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
         tile, batch, kv_head, item = item_at(items_ptr, item)
@@ -315,6 +290,7 @@ def backward_kernel(
     Q_STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr,
     HOLD: gl.constexpr,
+    AHEAD: gl.constexpr,
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -358,11 +334,11 @@ def backward_kernel(
         [
             (
                 consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
+                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (
                 consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
+                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],

@@ -1,8 +1,8 @@
-"""`hopper_backward` with the scores of each turn computed during the one before.
+"""A turn of `hopper_backward` with AHEAD: the scores of each are computed during the one before.
 
-There all wait at the beginning of a turn for S, and at its end for dQ to be sent off; the tensor
-cores have little to do meanwhile. Here a turn begins with P in registers and ends with the next
-one's:
+Without it all wait at the beginning of a turn for S, and at its end for dQ to be sent off; the
+tensor cores have little to do meanwhile. Here a turn begins with P in registers and ends with the
+next one's:
   dP^T = V dO^T
   dS^T = P^T (dP^T - D), published
   dV += P^T dO
@@ -17,8 +17,6 @@ What decides the order are registers, of which 128 hold dK and dV, and ptxas, wh
 in flight where it does not see what a wait leaves: so nothing is when a turn ends.
 """
 
-# ruff: noqa: RUF005
-
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -26,61 +24,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_backward import (
-    KEYS,
-    Q_BARRIERS,
-    first_row_of,
-    place,
-    produce,
-    send,
-    store_rows,
-    times_keys,
-)
-from cs336_systems.attention.hopper_common import (
-    NUM_BARRIERS,
-    ROWS,
-    hand_back,
-    in_order,
-    item_at,
-    meet,
-    release,
-    sums_layout,
-)
+from cs336_systems.attention.hopper_common import ROWS, hand_back, meet, sums_layout
+from cs336_systems.attention.hopper_gradients import KEYS, Q_BARRIERS, send, times_keys, weights
 
 
 @gluon.jit
-def weights(
-    S_now, L, row0, key0, num_keys, qk_scale,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
-):  # fmt: skip
-    """Return P of a turn's queries from its scores."""
-    """Return P of a turn's queries, the first of which is row0, from their scores and L."""
-    S_LAYOUT: gl.constexpr = sums_layout(ROWS)
-    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    if CAUSAL:  # noqa: SIM102 (known when compiled)
-        if row0 < key0 + (WHICH + 1) * ROWS:
-            rows = row0 + gl.arange(0, ROWS, COLS)
-            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
-    if KEY_TAIL:
-        S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
-    return in_order(gl.exp2(S_now * qk_scale - L[None, :]), ROWS * ROWS // 128)
-
-
-@gluon.jit
-def one_turn(
+def one_turn_ahead(
     dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V, ds_slots, dq_slots,
     q_full, do_full, P, turn, last, row, next_row0, key0, num_keys, qk_scale,
     PARITY: gl.constexpr, WHICH: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn of those up to `last`, and P of the next, whose first query is next_row0. The rest
-    is as in `hopper_backward`."""
+    is as in `hopper_backward.one_turn`."""
     dtype: gl.constexpr = q_slots.dtype
     HEAD_DIM: gl.constexpr = q_slots.shape[4]
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
@@ -130,140 +90,7 @@ def one_turn(
     L = l_slots.index(slot).load(COLS)
     dk = warpgroup_mma(gl.convert_layout(dS, HELD), Q, dk, is_async=True)
     S_now = warpgroup_mma_wait(1, (S,))
-    P = weights(S_now, L, next_row0, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL)
+    P = weights(S_now, L, next_row0, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL, True)
     dk = warpgroup_mma_wait(0, (dk,))
     hand_back(Q_BARRIERS + q_slot, 2)
     return dk, dv, P
-
-
-@gluon.jit
-def consume(
-    WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
-    dq_slots, out_slots, kv_full, kv_empty, q_full, do_full,
-    items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
-):  # fmt: skip
-    """Compute dK and dV of 64 keys of every item, and this group's share of dQ."""
-    dtype: gl.constexpr = q_slots.dtype
-    D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
-    KV_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(ROWS), 2)
-    STEP: gl.constexpr = 1 if HEAD_DIM == 128 else 2
-    K_here = k_slots.index(0).reshape([KEYS, HEAD_DIM]).slice(WHICH * ROWS, ROWS, 0)
-    V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
-    stage = out_slots.index(WHICH)
-    done, ring = 0, 0
-    item = gl.program_id(0)
-    tile, batch, kv_head, _ = item_at(items_ptr, item)
-    while tile >= 0:
-        key0 = tile * KEYS
-        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-        per_head = (num_queries_padded - first_row) // ROWS
-        head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
-        dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-        dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-        mbarrier.wait(kv_full.index(0), done & 1)
-        K, V = K_here, V_here
-        if HOLD:
-            K, V = K.load(KV_LAYOUT), V.load(KV_LAYOUT)
-        slot = ring % Q_STAGES
-        mbarrier.wait(q_full.index(slot), (ring // Q_STAGES) & 1)
-        Q = q_slots.index(slot).reshape([ROWS, HEAD_DIM])
-        S = gl.zeros((ROWS, ROWS), gl.float32, sums_layout(ROWS))
-        S = warpgroup_mma(K, Q.permute((1, 0)), S, use_acc=False, is_async=True)
-        S_now = warpgroup_mma_wait(0, (S,))
-        L = l_slots.index(slot).load(gl.SliceLayout(0, sums_layout(ROWS)))
-        P = weights(S_now, L, first_row, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL)
-        for first in range(0, GROUP * per_head, STEP):  # an even number of turns
-            for half in gl.static_range(STEP):
-                turn = first + half
-                member, row0 = place(turn, first_row, per_head, GROUP)
-                row = head_row + member * num_queries_padded + row0
-                _, next_row0 = place(turn + 1, first_row, per_head, GROUP)
-                dk, dv, P = one_turn(
-                    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
-                    ds_slots, dq_slots, q_full, do_full, P, ring + turn,
-                    ring + GROUP * per_head - 1, row, next_row0, key0, num_keys, qk_scale,
-                    half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
-                )  # fmt: skip
-        release(kv_empty.index(0))
-        # Looked up again: the loop has no registers for it.
-        tile, batch, kv_head, item = item_at(items_ptr, item)
-        next_tile, next_batch, next_head, _ = item_at(items_ptr, item)
-        key = tile * KEYS + WHICH * ROWS
-        store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
-        store_rows(dk_desc, batch, kv_head, key, num_keys, stage, dk * scale, dtype)
-        done += 1
-        ring += GROUP * per_head
-        tile, batch, kv_head = next_tile, next_batch, next_head
-    tma.store_wait(0)
-
-
-@gluon.jit
-def backward_kernel(
-    q, k, v, do, lse2, delta, dq, dk, dv,
-    items_ptr,
-    num_heads,
-    num_queries_padded,
-    num_keys,
-    qk_scale,
-    scale,
-    GROUP: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    DO_STAGES: gl.constexpr,
-    HOLD: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    KEY_TAIL: gl.constexpr,
-):  # fmt: skip
-    """num_queries_padded is a multiple of 128, to which L (inf) and D (0) are padded."""
-    HEAD_DIM: gl.constexpr = k.block_shape[3]
-    q_slots = gl.allocate_shared_memory(q.dtype, [Q_STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
-    do_slots = gl.allocate_shared_memory(q.dtype, [DO_STAGES, 1, 1, ROWS, HEAD_DIM], do.layout)
-    k_slots = gl.allocate_shared_memory(q.dtype, [1, 1, 1, KEYS, HEAD_DIM], k.layout)
-    v_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], v.layout)
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], q.dtype)
-    ds_slots = gl.allocate_shared_memory(q.dtype, [2, KEYS, ROWS], DS)
-    dq_slots = gl.allocate_shared_memory(gl.float32, [2, 128, 32], dq.layout)
-    out_slots = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], dk.layout)
-    l_slots = gl.allocate_shared_memory(gl.float32, [Q_STAGES, ROWS], lse2.layout)
-    d_slots = gl.allocate_shared_memory(gl.float32, [DO_STAGES, ROWS], delta.layout)
-    gl.static_assert(Q_BARRIERS + Q_STAGES + DO_STAGES <= NUM_BARRIERS)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
-    do_full = gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], BARRIER)
-    mbarrier.init(kv_full.index(0), count=1)
-    mbarrier.init(kv_empty.index(0), count=2)
-    for stage in gl.static_range(Q_STAGES):
-        mbarrier.init(q_full.index(stage), count=1)
-    for stage in gl.static_range(DO_STAGES):
-        mbarrier.init(do_full.index(stage), count=1)
-    fence_async_shared()
-    shared = (
-        dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots, dq_slots,
-        out_slots, kv_full, kv_empty, q_full, do_full,
-        items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
-    )  # fmt: skip
-    fetched = (
-        q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
-        kv_full, kv_empty, q_full, do_full,
-        items_ptr, num_heads, num_queries_padded,
-    )  # fmt: skip
-    # Constants stay such only outside of variables. Gluon has no unpacking.
-    gl.warp_specialize(
-        [
-            (
-                consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
-            ),
-            (
-                consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
-            ),
-            (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
-        ],
-        [4, 1],
-        [240, 24],
-    )

@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_backward import place, send, store_rows
+from cs336_systems.attention.hopper_backward import place, store_rows
 from cs336_systems.attention.hopper_common import (
     NUM_BARRIERS,
     ROWS,
@@ -50,6 +50,7 @@ from cs336_systems.attention.hopper_common import (
     sums_layout,
     take_back,
 )
+from cs336_systems.attention.hopper_gradients import send
 
 GROUPS = gl.constexpr(3)
 KEYS = gl.constexpr(192)

@@ -16,12 +16,11 @@ from triton.experimental.gluon.language import float16 as gluon_float16
 from triton.experimental.gluon.language import float32 as gluon_float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
-from cs336_systems.attention.hopper_backward_ahead import backward_kernel as kernel_ahead
 from cs336_systems.attention.hopper_backward_three import backward_kernel as kernel_of_three
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
+from cs336_systems.attention.hopper_gradients import KEYS as _KEYS
 from cs336_systems.attention.hopper_schedule import Work, schedule
 from cs336_systems.attention.triton_launch import Launch, fits_tma
 
@@ -68,7 +67,7 @@ class BackwardTile:
     persistent: bool
     """As ForwardTile's."""
     ahead: bool = False
-    """Whether, with two groups, a turn's S is computed during the turn before: another kernel."""
+    """Whether, with two groups, a turn's S is computed during the turn before."""
     num_groups: int = 2
     """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel, which holds V alone
     and gives Q and dO back together."""
@@ -237,18 +236,12 @@ def plan_hopper_backward(
         "KEY_TAIL": num_keys % keys != 0,
     }
     return Launch(
-        kernel=_backward_kernel(tile),
+        kernel=backward_kernel if is_pair else kernel_of_three,
         num_programs=num_programs,
         arguments=arguments,
         options=_OPTIONS,
         constants=("items_ptr",),
     )
-
-
-def _backward_kernel(tile: BackwardTile) -> Any:
-    if tile.num_groups == 3:
-        return kernel_of_three
-    return kernel_ahead if tile.ahead else backward_kernel
 
 
 def _constants(tile: BackwardTile) -> dict[str, int | bool]:
@@ -259,6 +252,7 @@ def _constants(tile: BackwardTile) -> dict[str, int | bool]:
         "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
         "HOLD": tile.hold,
+        "AHEAD": tile.ahead,
     }
 
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-_TRITON = "3.6."
+KNOWN_TRITON = "3.6."
+"""What its releases begin with whose insides we reach into: names change with every other."""
 _SWITCH = "CS336_DIRECT_LAUNCH"
 _MOST_PLACES = 256
 """Addresses whose descriptions are kept, of one argument."""
@@ -87,7 +88,7 @@ def direct_launch(
     arguments: as `kernel[grid]` takes them; tensors and descriptors: (index, place) among them,
         whose tensors come later.
     """
-    if os.environ.get(_SWITCH) != "1" or not triton.__version__.startswith(_TRITON):
+    if os.environ.get(_SWITCH) != "1" or not triton.__version__.startswith(KNOWN_TRITON):
         return None
     from triton.backends.nvidia import driver
 

@@ -1,0 +1,73 @@
+"""What a turn of the backward kernels does apart from its order: weights, dQ, and dQ's way out."""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+)
+
+from cs336_systems.attention.hopper_common import ROWS, in_order, sums_layout
+
+KEYS = gl.constexpr(128)
+Q_BARRIERS = gl.constexpr(2)
+"""Named barriers: two at which groups meet, then those of Q's slots and of dO's."""
+
+
+@builtin
+def reduce_add(desc, coord, src, _semantic=None):
+    """Add a tile of shared memory to global memory, asynchronously."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def weights(
+    S_now, L, row0, key0, num_keys, qk_scale,
+    WHICH: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, IN_ORDER: gl.constexpr,
+):  # fmt: skip
+    """Return P of a turn's queries, the first of which is row0, from their scores and L;
+    IN_ORDER: before anything that is below in the source."""
+    S_LAYOUT: gl.constexpr = sums_layout(ROWS)
+    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    if CAUSAL:  # noqa: SIM102 (known when compiled)
+        if row0 < key0 + (WHICH + 1) * ROWS:
+            rows = row0 + gl.arange(0, ROWS, COLS)
+            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
+    if KEY_TAIL:
+        S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
+    P = gl.exp2(S_now * qk_scale - L[None, :])
+    if IN_ORDER:
+        P = in_order(P, ROWS * ROWS // 128)
+    return P
+
+
+@gluon.jit
+def times_keys(dS, K_all, WHICH: gl.constexpr, SPLIT: gl.constexpr):
+    """Begin dQ = dS K: this group's half of the columns, or all of them."""
+    K = K_all.slice(WHICH * 64, 64, 1) if SPLIT else K_all
+    zeros = gl.zeros((ROWS, 64), gl.float32, sums_layout(64))
+    return warpgroup_mma(dS.permute((1, 0)), K, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def send(dq, dq_slot, dQ, row, WHICH: gl.constexpr, SPLIT: gl.constexpr):
+    """Add 64 x 64 of dQ to the buffer, in fragment order (see `plan_hopper_backward`).
+
+    Each thread then stores 16 bytes at a time, no two threads in one bank.
+    """
+    fragments = dQ.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5))
+    tma.store_wait(0)  # what the slot had before
+    gl.thread_barrier()
+    dq_slot.store(fragments.reshape([128, 32]))
+    fence_async_shared()
+    gl.thread_barrier()
+    at = row * 4 + WHICH * 128 if SPLIT else row * 2
+    reduce_add(dq, [at, 0], dq_slot)
