@@ -5,14 +5,15 @@ Every study takes its rows from the attention table; `flash_cases.py` says on wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from attention_bench import DTYPES, PASSES, AttentionBench
 from cases import Selection, refuse_unmet
-from flash_cases import Point
+from flash_cases import ROUNDS, Point
+from host_turns import HostTurns
 from model_bench import tf32
 from pace import Pace, run_once
 
@@ -56,7 +57,9 @@ def _sweep(study: str, *passes: str, in_turns: bool = False) -> Sweep:
 SWEEPS = {
     "bench_flash_sweep": _sweep("flash_sweep", *PASSES),
     "bench_attention_shapes": _sweep("attention_shapes", "forward", "backward", in_turns=True),
-    "bench_attention_host_bound": _sweep("attention_host_bound", "forward", "forward_backward"),
+    "bench_attention_host_bound": _sweep(
+        "attention_host_bound", "forward", "forward_backward", in_turns=True
+    ),
     "bench_attention_fp32": _sweep("attention_fp32", "forward", "forward_backward"),
     "bench_attention_error": _sweep("attention_error", "forward"),
 }
@@ -89,17 +92,27 @@ def bench_attention_shapes(
 
 
 def bench_attention_host_bound(
-    gpu_benchmark: GpuBenchmark, chosen: Selection, pace: Pace, point: Point
+    gpu_benchmark: GpuBenchmark,
+    chosen: Selection,
+    pace: Pace,
+    host_turns: HostTurns,
+    point: Point,
 ) -> None:
-    """Time calls that the device finishes sooner than the host launches them."""
-    case = point.case(
-        "attention_host_bound",
-        clock="wall_ms",
-        cache="warm",
-        rounds=None,
-        calls_per_round=CALLS_PER_ROUND,
+    """Time calls that the device finishes sooner than the host launches them, all rows in turns."""
+    study = "attention_host_bound"
+    settings = gpu_benchmark.harness.settings
+    case = point.case(study, clock="wall_ms", cache="warm", calls_per_round=CALLS_PER_ROUND)
+    rounds = ROUNDS if settings.device.type == "cuda" else settings.rounds
+
+    def build(one: Point) -> Workload:
+        return tried(one, chosen, pace, compiled_for=one[1:3])
+
+    gpu_benchmark(
+        case,
+        build=lambda: host_turns.workload(
+            point, chosen.flash[study].rows, build, settings, rounds=rounds, calls=CALLS_PER_ROUND
+        ),
     )
-    gpu_benchmark(case, build=lambda: tried(point, chosen, pace))
 
 
 def bench_attention_fp32(
@@ -123,23 +136,27 @@ def bench_attention_error(
     gpu_benchmark(point.case("attention_error", rounds=10), build=build)
 
 
-def inputs(point: Point, chosen: Selection, pace: Pace) -> AttentionBench:
+def inputs(
+    point: Point, chosen: Selection, pace: Pace, compiled_for: Hashable = None
+) -> AttentionBench:
     """Return the row with inputs for it.
 
+    compiled_for: for as long as this stays the same, compiled code is kept; the row, dtype and
+        shape unless given.
     Raises: NotMeasured where the row cannot run here.
     """
     attention, dtype, shape, _ = point
     refuse_unmet(attention, chosen.device, dtype, shape.d)
-    pace.begin((attention, dtype, shape))
+    pace.begin(compiled_for or (attention, dtype, shape))
     function = ATTENTION[attention].load()
     return AttentionBench(function, shape[:4], DTYPES[dtype], chosen.device, is_causal=shape.causal)
 
 
-def tried(point: Point, chosen: Selection, pace: Pace) -> Workload:
-    """Return the pass, having run it once.
+def tried(point: Point, chosen: Selection, pace: Pace, compiled_for: Hashable = None) -> Workload:
+    """Return the pass, having run it once; compiled_for as in `inputs`.
 
     Raises: NotMeasured where the row cannot run here, or is a peer that raises for this shape.
     """
-    workload = inputs(point, chosen, pace).workload(point.which)
+    workload = inputs(point, chosen, pace, compiled_for).workload(point.which)
     run_once(point.attention, workload)
     return workload

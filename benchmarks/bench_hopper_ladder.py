@@ -49,8 +49,8 @@ CHANGES: dict[tuple[str, int], dict[str, Any]] = {
         "num_groups": 2,
     },
     ("forward", 128): {"threes": None, "early": None, "ping_pong": None, "persistent": None},
-    ("backward", 64): {"hold": None, "do_stages": 1, "ahead": None, "persistent": None},
-    ("backward", 128): {"ahead": None, "persistent": None},
+    ("backward", 64): {"hold": None, "do_stages": 1, "persistent": None},
+    ("backward", 128): {"persistent": None},
 }
 OF_THREE_GROUPS = ("persistent",)
 """What of it can be changed where three groups work together, a kernel of its own."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from cases import Selection, add_options, selection
+from host_turns import HostTurns
 from model_bench import ModelSlot
 from pace import Pace
 from rank_slot import RankSlot
@@ -69,6 +70,12 @@ def rank_slot() -> Iterator[RankSlot]:
     slot = RankSlot()
     yield slot
     slot.clear()
+
+
+@pytest.fixture(scope="session")
+def host_turns() -> HostTurns:
+    """Return the rounds that consecutive cases share."""
+    return HostTurns()
 
 
 @pytest.fixture(scope="session")

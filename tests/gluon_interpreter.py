@@ -38,7 +38,6 @@ _SHARED_MODULES = (
     "hopper_common",
     "hopper_softmax",
     "hopper_gradients",
-    "hopper_backward_ahead",
     "hopper_backward",
 )
 """In the order in which they need each other."""

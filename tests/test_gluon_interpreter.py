@@ -43,14 +43,12 @@ BACKWARD_TILES = {
     64: [
         BACKWARD[64],
         replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
-        replace(BACKWARD[64], ahead=True),
         THREE_GROUPS,
         replace(THREE_GROUPS, q_stages=2, do_stages=2, persistent=False),
     ],
     128: [
         BACKWARD[128],
         replace(BACKWARD[128], q_stages=3, hold=True),
-        replace(BACKWARD[128], ahead=True),
     ],
 }
 
@@ -325,37 +323,6 @@ BACKWARD_MISTAKES = {
 }
 
 
-# Of the kernel that computes S a turn ahead.
-AHEAD = replace(BACKWARD[128], ahead=True)
-AHEAD_MISTAKES = {
-    "the next Q not waited for": (
-        "mbarrier.wait(q_full.index(slot), (following // Q_STAGES) & 1)",
-        "pass",
-    ),
-    "S of this turn once more": ("following = gl.minimum(turn + 1, last)", "following = turn"),
-    "S of a turn past the last": ("following = gl.minimum(turn + 1, last)", "following = turn + 1"),
-    "S taken while in flight": (
-        "S_now = warpgroup_mma_wait(1, (S,))",
-        "S_now = warpgroup_mma_wait(2, (S,))",
-    ),
-    "dQ taken while in flight": (
-        "dQ_now = warpgroup_mma_wait(1, (dQ,))",
-        "dQ_now = warpgroup_mma_wait(2, (dQ,))",
-    ),
-    "nobody gives dO back": ("    hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)\n", ""),
-    "Q given back while dK reads it": (
-        "dk = warpgroup_mma_wait(0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
-        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(0, (dk,))",
-    ),
-    "the mask of this turn": ("S_now, L, next_row0,", "S_now, L, next_row0 - ROWS,"),
-    "L of this turn": (
-        "L = l_slots.index(slot).load(COLS)",
-        "L = l_slots.index(q_slot).load(COLS)",
-    ),
-    "dS of the other group not waited for": ("meet(0, True)", "meet(0, False)"),
-    "one buffer of dS": ("dS_all = ds_slots.index(turn & 1)", "dS_all = ds_slots.index(0)"),
-    "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
-}
 # Of the kernel with three groups.
 THREE_GROUPS_MISTAKES = {
     "dS of the other groups not waited for": (
@@ -433,18 +400,11 @@ def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
 
 
-@pytest.mark.parametrize("mistake", AHEAD_MISTAKES)
-def test_mistakes_of_a_turn_ahead_are_found(mistake: str) -> None:
-    assert is_found((None, AHEAD_MISTAKES[mistake]), 128, tile=AHEAD)
-
-
 @pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)
 def test_mistakes_of_the_backward_kernel_with_three_groups_are_found(mistake: str) -> None:
     assert is_found((None, THREE_GROUPS_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS), (128, AHEAD)]
-)
+@pytest.mark.parametrize(("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS)])
 def test_without_a_mistake_nothing_is_found(head_dim: int, tile: BackwardTile | None) -> None:
     assert not is_found((None, None), head_dim, num_orders=3, tile=tile)

@@ -37,7 +37,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_backward_ahead import one_turn_ahead
 from cs336_systems.attention.hopper_common import (
     NUM_BARRIERS,
     ROWS,
@@ -205,8 +204,7 @@ def one_turn(
 @gluon.jit
 def consume(
     WHICH: gl.constexpr, GROUP: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    HOLD: gl.constexpr, AHEAD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    HOLD: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, HEAD_DIM: gl.constexpr,
     dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
     dq_slots, out_slots, kv_full, kv_empty, q_full, do_full,
     items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
@@ -233,37 +231,17 @@ def consume(
         K, V = K_here, V_here
         if HOLD:
             K, V = K.load(KV_LAYOUT), V.load(KV_LAYOUT)
-        if AHEAD:
-            slot = ring % Q_STAGES
-            mbarrier.wait(q_full.index(slot), (ring // Q_STAGES) & 1)
-            Q = q_slots.index(slot).reshape([ROWS, HEAD_DIM])
-            S = gl.zeros((ROWS, ROWS), gl.float32, sums_layout(ROWS))
-            S = warpgroup_mma(K, Q.permute((1, 0)), S, use_acc=False, is_async=True)
-            S_now = warpgroup_mma_wait(0, (S,))
-            L = l_slots.index(slot).load(gl.SliceLayout(0, sums_layout(ROWS)))
-            P = weights(
-                S_now, L, first_row, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL, True
-            )
         for first in range(0, GROUP * per_head, STEP):  # an even number of turns
             for half in gl.static_range(STEP):
                 turn = first + half
                 member, row0 = place(turn, first_row, per_head, GROUP)
                 row = head_row + member * num_queries_padded + row0
-                if AHEAD:
-                    _, next_row0 = place(turn + 1, first_row, per_head, GROUP)
-                    dk, dv, P = one_turn_ahead(
-                        dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
-                        ds_slots, dq_slots, q_full, do_full, P, ring + turn,
-                        ring + GROUP * per_head - 1, row, next_row0, key0, num_keys, qk_scale,
-                        half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
-                    )  # fmt: skip
-                else:
-                    dk, dv = one_turn(
-                        dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
-                        ds_slots, dq_slots, q_full, do_full, ring + turn, row, row0, key0,
-                        num_keys, qk_scale,
-                        half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
-                    )  # fmt: skip
+                dk, dv = one_turn(
+                    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
+                    ds_slots, dq_slots, q_full, do_full, ring + turn, row, row0, key0,
+                    num_keys, qk_scale,
+                    half, WHICH, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL,
+                )  # fmt: skip
         release(kv_empty.index(0))
         # Looked up again: the loop has no registers for it.
         tile, batch, kv_head, item = item_at(items_ptr, item)
@@ -290,7 +268,6 @@ def backward_kernel(
     Q_STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr,
     HOLD: gl.constexpr,
-    AHEAD: gl.constexpr,
     CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
@@ -332,14 +309,8 @@ def backward_kernel(
     # Constants stay such only outside of variables. Gluon has no unpacking.
     gl.warp_specialize(
         [
-            (
-                consume,
-                (0, GROUP, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
-            ),
-            (
-                consume,
-                (1, GROUP, Q_STAGES, DO_STAGES, HOLD, AHEAD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
-            ),
+            (consume, (0, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared),
+            (consume, (1, GROUP, Q_STAGES, DO_STAGES, HOLD, CAUSAL, KEY_TAIL, HEAD_DIM) + shared),
             (produce, (GROUP, Q_STAGES, DO_STAGES, CAUSAL) + fetched),
         ],
         [4, 1],

@@ -66,8 +66,6 @@ class BackwardTile:
     """Whether K and V are held in registers."""
     persistent: bool
     """As ForwardTile's."""
-    ahead: bool = False
-    """Whether, with two groups, a turn's S is computed during the turn before."""
     num_groups: int = 2
     """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel, which holds V alone
     and gives Q and dO back together."""
@@ -252,7 +250,6 @@ def _constants(tile: BackwardTile) -> dict[str, int | bool]:
         "Q_STAGES": tile.q_stages,
         "DO_STAGES": tile.do_stages,
         "HOLD": tile.hold,
-        "AHEAD": tile.ahead,
     }
 
 

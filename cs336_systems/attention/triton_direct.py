@@ -5,8 +5,8 @@ driver about every pointer and calls chains of hooks that are empty. On small in
 longer than the kernels. Here the arguments of a call are a list whose numbers are known from the
 first one; descriptions are kept by address, and pointers are passed as the numbers they are.
 
-It reaches into what Triton has compiled, so it is for the versions it was written for, and only
-where CS336_DIRECT_LAUNCH is 1.
+It reaches into what Triton has compiled, so it is for the versions it was written for;
+CS336_DIRECT_LAUNCH=0 leaves all launches to Triton.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def direct_launch(
     arguments: as `kernel[grid]` takes them; tensors and descriptors: (index, place) among them,
         whose tensors come later.
     """
-    if os.environ.get(_SWITCH) != "1" or not triton.__version__.startswith(KNOWN_TRITON):
+    if os.environ.get(_SWITCH) == "0" or not triton.__version__.startswith(KNOWN_TRITON):
         return None
     from triton.backends.nvidia import driver
 
@@ -101,6 +101,8 @@ def direct_launch(
     if descriptors:
         # Triton wraps its launcher in a function that takes descriptors apart.
         inner = inspect.getclosurevars(launch).nonlocals
+        if not {"launcher", "tensordesc_meta"} <= inner.keys():
+            return None
         launch, metas = inner["launcher"], iter(inner["tensordesc_meta"])
     addresses = dict(tensors)
     described = dict(descriptors)

@@ -211,7 +211,7 @@ _ATTENTION_HOST_BOUND = Study(
     name="attention_host_bound",
     title="Attention calls that wait for the host",
     shows="Time per call, back to back, on shapes that the device finishes sooner than the host "
-    "launches them.",
+    "launches them; rows take turns, round by round.",
     index=_SHAPE_INDEX,
     versus=_versus(),
     plots=(
