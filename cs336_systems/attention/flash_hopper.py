@@ -81,7 +81,7 @@ def unfit(q: Tensor, scale: float | None) -> str | None:
     """Return which rule a query breaks: argument, rule and what was got; None if none."""
     if q.device.type != "cuda":
         return f"query must be on a CUDA device, got {q.device}"
-    if (found := _capability(q.device)) != CAPABILITY:
+    if (found := torch.cuda.get_device_capability(q.device)) != CAPABILITY:
         return f"device must have compute capability 9.0, got {found[0]}.{found[1]}"
     if not triton.__version__.startswith(KNOWN_TRITON):
         return f"Triton must be {KNOWN_TRITON}x, got {triton.__version__}"
@@ -92,12 +92,6 @@ def unfit(q: Tensor, scale: float | None) -> str | None:
     if scale_or_default(scale, q.shape[-1]) <= 0:
         return f"scale must be positive, got {scale}"
     return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    # Asked of torch in each call, it takes as long as a launch.
-    return torch.cuda.get_device_capability(device)
 
 
 def short(q: Tensor, k: Tensor) -> str | None:
