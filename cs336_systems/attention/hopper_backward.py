@@ -41,13 +41,18 @@ from cs336_systems.attention.hopper_common import (
     NUM_BARRIERS,
     ROWS,
     hand_back,
+    in_order,
     item_at,
     meet,
     release,
     sums_layout,
     take_back,
 )
-from cs336_systems.attention.hopper_gradients import KEYS, Q_BARRIERS, send, times_keys, weights
+from cs336_systems.attention.hopper_gradients import masked, send, times_keys
+
+KEYS = gl.constexpr(128)
+Q_BARRIERS = gl.constexpr(2)
+"""Named barriers: two at which groups meet, then those of Q's slots and of dO's."""
 
 
 @gluon.jit
@@ -172,7 +177,10 @@ def one_turn(
     mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)
     dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(1, (S,))
-    P = weights(S_now, L, row0, key0, num_keys, qk_scale, WHICH, CAUSAL, KEY_TAIL, SPLIT)
+    S_now = masked(S_now, row0, key0, num_keys, WHICH, CAUSAL, KEY_TAIL)
+    P = gl.exp2(S_now * qk_scale - L[None, :])
+    if SPLIT:
+        P = in_order(P, ROWS * ROWS // 128)
     P_half = gl.convert_layout(P.to(dtype), HELD)
     D = d_slots.index(do_slot).load(COLS)
     dP_now = warpgroup_mma_wait(0, (dP,))

@@ -50,7 +50,7 @@ from cs336_systems.attention.hopper_common import (
     sums_layout,
     take_back,
 )
-from cs336_systems.attention.hopper_gradients import send
+from cs336_systems.attention.hopper_gradients import masked, send
 
 GROUPS = gl.constexpr(3)
 KEYS = gl.constexpr(192)
@@ -149,13 +149,7 @@ def one_turn(
     L = l_slots.index(slot).load(COLS)
     S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(0, (S,))
-    keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    if CAUSAL:  # noqa: SIM102 (known when compiled)
-        if row0 < key0 + (WHICH + 1) * ROWS:
-            rows = row0 + gl.arange(0, ROWS, COLS)
-            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
-    if KEY_TAIL:
-        S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
+    S_now = masked(S_now, row0, key0, num_keys, WHICH, CAUSAL, KEY_TAIL)
     mbarrier.wait(do_full.index(slot), parity)
     D = d_slots.index(slot).load(COLS)
     P = gl.exp2(S_now * qk_scale - L[None, :])

@@ -1,4 +1,4 @@
-"""What a turn of the backward kernels does apart from its order: weights, dQ, and dQ's way out."""
+"""What a turn of the backward kernels does apart from its order: the mask, dQ, and dQ's way out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from cs336_systems.attention.hopper_common import ROWS, in_order, sums_layout
-
-KEYS = gl.constexpr(128)
-Q_BARRIERS = gl.constexpr(2)
-"""Named barriers: two at which groups meet, then those of Q's slots and of dO's."""
+from cs336_systems.attention.hopper_common import ROWS, sums_layout
 
 
 @builtin
@@ -28,25 +24,20 @@ def reduce_add(desc, coord, src, _semantic=None):
 
 
 @gluon.jit
-def weights(
-    S_now, L, row0, key0, num_keys, qk_scale,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr, IN_ORDER: gl.constexpr,
-):  # fmt: skip
-    """Return P of a turn's queries, the first of which is row0, from their scores and L;
-    IN_ORDER: before anything that is below in the source."""
+def masked(
+    S_now, row0, key0, num_keys, WHICH: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr
+):
+    """Return the scores of a group's keys and a turn's queries, the first of which is row0, with
+    -inf where a query does not see a key."""
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
-    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     if CAUSAL:  # noqa: SIM102 (known when compiled)
         if row0 < key0 + (WHICH + 1) * ROWS:
-            rows = row0 + gl.arange(0, ROWS, COLS)
+            rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(0, S_LAYOUT))
             S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
-    P = gl.exp2(S_now * qk_scale - L[None, :])
-    if IN_ORDER:
-        P = in_order(P, ROWS * ROWS // 128)
-    return P
+    return S_now
 
 
 @gluon.jit

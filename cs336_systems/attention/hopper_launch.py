@@ -16,11 +16,11 @@ from triton.experimental.gluon.language import float16 as gluon_float16
 from triton.experimental.gluon.language import float32 as gluon_float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from cs336_systems.attention.hopper_backward import KEYS as _KEYS
 from cs336_systems.attention.hopper_backward import backward_kernel
 from cs336_systems.attention.hopper_backward_three import backward_kernel as kernel_of_three
 from cs336_systems.attention.hopper_common import ROWS
 from cs336_systems.attention.hopper_forward import forward_kernel
-from cs336_systems.attention.hopper_gradients import KEYS as _KEYS
 from cs336_systems.attention.hopper_schedule import Work, schedule
 from cs336_systems.attention.triton_launch import Launch, fits_tma
 
