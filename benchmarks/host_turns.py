@@ -12,11 +12,9 @@ from dataclasses import replace
 from flash_cases import Point
 
 from cs336_systems.measure.clock import PerCallClock, WallClock, synchronizer
-from cs336_systems.measure.harness import Settings
-from cs336_systems.measure.memory import peak_bytes
+from cs336_systems.measure.harness import LEAST_ROUNDS, Settings, repeated, untimed
 from cs336_systems.measure.workload import Workload
 
-LEAST_ROUNDS = 3
 Build = Callable[[Point], Workload]
 
 
@@ -64,7 +62,7 @@ def _measured(
         except Exception as error:  # what one row's case ends with is not the other rows'
             found[row] = error
     seconds = take_turns(
-        {row: workload.step for row, workload in ready.items()},
+        ready,
         synchronizer(settings.device),
         rounds=rounds,
         warmup_rounds=settings.warmup_rounds,
@@ -80,12 +78,12 @@ def _ready(workload: Workload, settings: Settings) -> Workload:
     """Return the workload with what else is to be recorded of it; an error if it is wrong."""
     if workload.check is not None:
         workload.check()
-    peak = {"peak_bytes": peak_bytes(settings.device, workload.step)}
-    return replace(workload, metrics=lambda: peak)
+    metrics, counts = untimed(workload, settings.device)
+    return replace(workload, metrics=lambda: metrics, count=lambda: counts)
 
 
 def take_turns(
-    steps: Mapping[str, Callable[[], object]],
+    workloads: Mapping[str, Workload],
     synchronize: Callable[[], None],
     *,
     rounds: int,
@@ -93,13 +91,15 @@ def take_turns(
     calls: int,
     max_seconds: float,
 ) -> dict[str, list[float]]:
-    """Return the seconds of one call of each step, round by round.
+    """Return the seconds of one call of each workload's step, round by round.
 
     In a round every step is called `calls` times back to back, then waited for; their order turns
     around from round to round. At least three rounds; no further one when they have taken
     `max_seconds` for each step.
+    Raises: UsageError for several calls with a setup.
     """
     clock = PerCallClock(WallClock(synchronize), calls)
+    steps = {name: repeated(workload, calls) for name, workload in workloads.items()}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     total, budget = 0.0, max_seconds * len(names) / calls
@@ -107,12 +107,10 @@ def take_turns(
         if at >= LEAST_ROUNDS and total > budget:
             break
         for name in names if at % 2 == 0 else reversed(names):
-            step, begun = steps[name], clock()
-            for _ in range(calls):
-                step()
+            begun = clock()
+            steps[name]()
+            seconds = clock() - begun
             if at >= 0:
-                taken[name].append(clock() - begun)
-                total += taken[name][-1]
-            else:
-                clock()
+                taken[name].append(seconds)
+                total += seconds
     return taken

@@ -11,6 +11,7 @@ from attention_bench import Shape
 from flash_cases import Point
 from host_turns import HostTurns, take_turns
 
+from cs336_systems.errors import UsageError
 from cs336_systems.measure.harness import Settings
 from cs336_systems.measure.workload import NotMeasured, Workload
 
@@ -40,9 +41,12 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def turns(host: Host, **how: float) -> dict[str, list[float]]:
-    steps = {"quick": host.step("quick", 1.0), "slow": host.step("slow", 3.0)}
+    workloads = {
+        name: Workload(step=host.step(name, seconds))
+        for name, seconds in (("quick", 1.0), ("slow", 3.0))
+    }
     settings = {"rounds": 4, "warmup_rounds": 1, "calls": 2, "max_seconds": 1e3, **how}
-    return take_turns(steps, lambda: None, **settings)  # type: ignore[arg-type]
+    return take_turns(workloads, lambda: None, **settings)  # type: ignore[arg-type]
 
 
 def test_rows_take_turns_whose_order_turns_around(host: Host) -> None:
@@ -66,7 +70,7 @@ def test_a_slow_minute_is_every_rows(host: Host) -> None:
         return call
 
     taken = take_turns(
-        {name: slower(step) for name, step in steps.items()},
+        {name: Workload(step=slower(step)) for name, step in steps.items()},
         lambda: None, rounds=6, warmup_rounds=0, calls=2, max_seconds=1e3,
     )  # fmt: skip
     assert taken["quick"] == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
@@ -136,3 +140,11 @@ def test_an_error_between_rounds_leaves_nothing_of_another_shape(
         with pytest.raises(KeyboardInterrupt):
             ask("forward_backward")
     assert ask("forward_backward").replay_seconds
+
+
+def test_a_setup_has_no_place_between_calls() -> None:
+    workload = Workload(step=lambda: None, setup=lambda: None)
+    with pytest.raises(UsageError, match="calls_per_round must be 1 with a setup, got 2"):
+        take_turns(
+            {"x": workload}, lambda: None, rounds=3, warmup_rounds=0, calls=2, max_seconds=1.0
+        )

@@ -32,6 +32,8 @@ from cs336_systems.measure.workload import NotMeasured, Workload
 _HEAD_START_CYCLES = 1_000_000
 """Of the device's clock, half a millisecond: more than a forward and a backward pass of autograd
 take to launch."""
+LEAST_ROUNDS = 3
+"""Timed rounds of a case, however long they take."""
 Clock = Callable[[], float]
 Timer = Callable[..., None]
 """`timer(clock, step, setup, rounds)`: calls `clock` before and after each of `rounds` calls of
@@ -97,16 +99,16 @@ class Harness:
         if workload.replay_seconds is not None:
             return self._replay(case, workload, timer)
         assert case.rounds is not None
-        if workload.setup is not None and case.calls_per_round > 1:
-            raise bad("gpu_benchmark", "calls_per_round", "be 1 with a setup", case.calls_per_round)
-        seconds = self._warm_up(case, workload)
+        step = repeated(workload, case.calls_per_round)
+        seconds = self._warm_up(case, workload.setup, step)
         if workload.check is not None:
             workload.check()
-        metrics, counts = self._untimed(workload)
-        rounds = max(3, min(case.rounds, int(self.settings.max_seconds / max(seconds, 1e-9))))
+        metrics, counts = untimed(workload, self.settings.device)
+        rounds = max(
+            LEAST_ROUNDS, min(case.rounds, int(self.settings.max_seconds / max(seconds, 1e-9)))
+        )
         case = replace(case, rounds=rounds)
         before = conditions(self.settings.device)
-        step = _repeated(workload.step, case.calls_per_round)
         timer(self._clock(case), step, self._round_setup(case, workload), rounds)
         after = conditions(self.settings.device)
         return Record(
@@ -130,30 +132,20 @@ class Harness:
             timeline=workload.timeline,
         )
 
-    def _warm_up(self, case: Case, workload: Workload) -> float:
+    def _warm_up(
+        self, case: Case, setup: Callable[[], object] | None, step: Callable[[], object]
+    ) -> float:
         """Run the warm-up rounds and return how long one round with its setup takes."""
         assert case.warmup_rounds is not None
         assert self.synchronize is not None
         seconds = 0.0
-        step = _repeated(workload.step, case.calls_per_round)
         for _ in range(case.warmup_rounds):
             start = time.perf_counter()
-            if workload.setup is not None:
-                workload.setup()
+            _discard(setup)
             step()
             self.synchronize()
             seconds = time.perf_counter() - start
         return seconds
-
-    def _untimed(self, workload: Workload) -> tuple[dict[str, float | None], dict[str, int]]:
-        if workload.setup is not None:
-            workload.setup()
-        metrics: dict[str, float | None] = {
-            "peak_bytes": peak_bytes(self.settings.device, workload.step)
-        }
-        metrics.update(workload.metrics() if workload.metrics else {})
-        counts: Mapping[str, int] = workload.count() if workload.count else {}
-        return metrics, dict(counts)
 
     def _clock(self, case: Case) -> Clock:
         assert self.synchronize is not None
@@ -198,10 +190,27 @@ class Harness:
         )
 
 
-def _repeated(step: Callable[[], object], calls: int) -> Callable[[], object]:
-    """Return a call that makes `calls` calls of `step`; for one, `step` itself."""
+def untimed(
+    workload: Workload, device: torch.device
+) -> tuple[dict[str, float | None], dict[str, int]]:
+    """Return a workload's further metrics, its peak memory among them, and its counts."""
+    _discard(workload.setup)
+    metrics: dict[str, float | None] = {"peak_bytes": peak_bytes(device, workload.step)}
+    metrics.update(workload.metrics() if workload.metrics else {})
+    counts: Mapping[str, int] = workload.count() if workload.count else {}
+    return metrics, dict(counts)
+
+
+def repeated(workload: Workload, calls: int) -> Callable[[], object]:
+    """Return a call that makes `calls` calls of a workload's step; for one, the step itself.
+
+    Raises: UsageError for several calls with a setup, which belongs before each.
+    """
+    step = workload.step
     if calls == 1:
         return step
+    if workload.setup is not None:
+        raise bad("gpu_benchmark", "calls_per_round", "be 1 with a setup", calls)
 
     def repeat() -> None:
         for _ in range(calls):
