@@ -48,9 +48,15 @@ CHANGES: dict[tuple[str, int], dict[str, Any]] = {
         "persistent": None,
         "num_groups": 2,
     },
-    ("forward", 128): {"threes": None, "early": None, "ping_pong": None, "persistent": None},
-    ("backward", 64): {"hold": None, "do_stages": 1, "persistent": None},
-    ("backward", 128): {"persistent": None},
+    ("forward", 128): {
+        "threes": None,
+        "early": None,
+        "ping_pong": None,
+        "persistent": None,
+        "hold": None,
+    },
+    ("backward", 64): {"hold_k": None, "hold_v": None, "halves": None, "persistent": None},
+    ("backward", 128): {"hold_v": None, "halves": None, "persistent": None},
 }
 OF_THREE_GROUPS = ("persistent",)
 """What of it can be changed where three groups work together, a kernel of its own."""
@@ -197,7 +203,9 @@ class Kernels:
         lse2, delta = (self._q.new_empty(rows, dtype=torch.float32) for _ in range(2))
         sums = lse2.new_empty((lse2.numel(), self._q.shape[3]))
         launches = (
-            plan_preprocess(self._o, self._do, self._lse, lse2, delta, sums),
+            plan_preprocess(
+                self._o, self._do, self._lse, lse2, delta, sums, fragments=True
+            ),
             plan_hopper_backward(
                 self._q, self._k, self._v, self._do, lse2, delta, sums, dk, dv,
                 causal=self._causal, scale=self._scale, tile=tile,

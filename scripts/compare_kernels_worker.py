@@ -67,7 +67,7 @@ def build(
     # A checkout's own choice, unless its tile is to have other values.
     other = replace(hopper_launch.BACKWARD[head_dim], **tile) if tile else None
     launches = (
-        plan_preprocess(o, do, lse, lse2, delta, sums),
+        plan_preprocess(o, do, lse, lse2, delta, sums, fragments=True),
         hopper_launch.plan_hopper_backward(
             q, k, v, do, lse2, delta, sums, *grads[1:], **how, tile=other
         ),

@@ -352,17 +352,22 @@ def _arrive(barrier: Barrier) -> None:
     barrier.update(arrived=1)
 
 
-def _expect(barrier: Barrier, num_bytes: int) -> None:
+def _expect(barrier: Barrier, num_bytes: int, pred: Any = True) -> None:
     machine().switch()
-    barrier.update(arrived=1, num_bytes=num_bytes)
+    if pred:
+        barrier.update(arrived=1, num_bytes=num_bytes)
 
 
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = count
 
 
-def _copy_in(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+def _copy_in(
+    descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target: Shared, pred: Any = True
+) -> None:
     machine().switch()
+    if not pred:
+        return
     # Whoever still reads it would do so during the copy.
     target.receive(torch.full_like(target.data, float("nan")))
     at = [int(each) for each in at]
@@ -439,7 +444,13 @@ def _where(condition: Tensor, one: Any, other: Any) -> Tensor:
 def _language() -> ModuleType:
     language = ModuleType("triton.experimental.gluon.language")
     layouts = dict.fromkeys(
-        ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout"), lambda *_, **__: None
+        (
+            "NVMMADistributedLayout",
+            "DistributedLinearLayout",
+            "SliceLayout",
+            "DotOperandLayout",
+        ),
+        lambda *_, **__: None,
     )
     shared_layout = SimpleNamespace(get_default_for=lambda *_, **__: None)
     functions: dict[str, Any] = {
@@ -461,7 +472,7 @@ def _language() -> ModuleType:
         "sum": lambda x, axis: x.sum(axis),
         "exp2": torch.exp2,
         "log2": torch.log2,
-        "convert_layout": lambda x, _layout: x,
+        "convert_layout": lambda x, _layout, **_: x,
         "load": _load,
         "store": _store,
         "allocate_shared_memory": _allocate,

@@ -27,6 +27,7 @@ from cs336_systems.attention.hopper_launch import (
 )
 from cs336_systems.attention.plain import scaled_dot_prod_attention
 from cs336_systems.attention.reference import reference_gradients
+from cs336_systems.attention.triton_launch import plan_postprocess, plan_preprocess
 
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 383, 449]
 FORWARD_TILES = {
@@ -35,20 +36,27 @@ FORWARD_TILES = {
         replace(FORWARD[64], ping_pong=False),
         replace(FORWARD[64], persistent=False),
         replace(FORWARD[64], num_groups=2, num_stages=3),
-        replace(FORWARD[64], threes=False, early=False),
+        replace(FORWARD[64], threes=False, early=False, hold=True),
     ],
-    128: [FORWARD[128], replace(FORWARD[128], ping_pong=True), replace(FORWARD[128], early=True)],
+    128: [
+        FORWARD[128],
+        replace(FORWARD[128], ping_pong=True),
+        replace(FORWARD[128], early=True),
+        replace(FORWARD[128], hold=False),
+    ],
 }
 BACKWARD_TILES = {
     64: [
         BACKWARD[64],
-        replace(BACKWARD[64], do_stages=2, hold=False, persistent=False),
+        replace(BACKWARD[64], hold_k=False, hold_v=False, persistent=False),
+        replace(BACKWARD[64], halves=False),
         THREE_GROUPS,
-        replace(THREE_GROUPS, q_stages=2, do_stages=2, persistent=False),
+        replace(THREE_GROUPS, num_stages=2, persistent=False),
     ],
     128: [
         BACKWARD[128],
-        replace(BACKWARD[128], q_stages=3, hold=True),
+        replace(BACKWARD[128], hold_k=True, hold_v=False),
+        replace(BACKWARD[128], halves=True),
     ],
 }
 
@@ -80,12 +88,22 @@ def backward(
     dk, dv = torch.full_like(k, float("nan")), torch.full_like(v, float("nan"))
     with mock.patch.object(hopper_launch, "num_multiprocessors", return_value=1 + seed % 3):
         launch = plan_hopper_backward(
-            q, k, v, do, lse2, padded_delta, dq_sum, dk, dv,
+            q, k, v, do, in_fragments(lse2), in_fragments(padded_delta), dq_sum, dk, dv,
             causal=is_causal, scale=scale, tile=tile,
         )  # fmt: skip
     interpret(launch, seed, change)
     dq = rows_of(dq_sum).view(*lse2.shape, -1)[:, :, :num_queries] * scale
     return [dq.to(q.dtype), dk, dv]
+
+
+def in_fragments(numbers: Tensor) -> Tensor:
+    """Return numbers, one a query, of every 64 in the order in which threads hold them."""
+    place = torch.arange(64)
+    bits = {}
+    for name, count in (("e", 2), ("eight", 2), ("lane", 4), ("pair", 4)):
+        bits[name], place = place % count, place // count
+    column = bits["pair"] * 16 + bits["eight"] * 8 + bits["lane"] * 2 + bits["e"]
+    return numbers.view(-1, 64)[:, column].view_as(numbers)
 
 
 def rows_of(dq_sum: Tensor) -> Tensor:
@@ -167,6 +185,33 @@ def test_any_shape_in_any_order(
     )
     inputs = make(seed, (group * kv_heads, kv_heads), lengths, head_dim, dtype)
     check(*inputs, seed=seed, is_causal=is_causal, scale=scale, tiles=(tiles[0], tiles[1]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_queries", [1, 130, 256])
+def test_what_goes_before_and_after_is_in_the_order_of_threads(
+    head_dim: int, num_queries: int
+) -> None:
+    """L, D and the dQ buffer, against the kernels that leave them in the order of rows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, _, _, do = make(3, (2, 1), (num_queries, 1), head_dim, torch.float16)
+    o, do = q.detach().to(device), do.to(device)
+    dq = torch.empty_like(do)
+    lse = torch.randn(1, 2, num_queries, device=device)
+    rows = math.ceil(num_queries / 128) * 128
+    got = {}
+    for fragments in (False, True):
+        lse2, delta = (torch.full((1, 2, rows), float("nan"), device=device) for _ in range(2))
+        sums = torch.full((2 * rows, head_dim), float("nan"), device=device)
+        plan_preprocess(o, do, lse, lse2, delta, sums, fragments=fragments).run()
+        assert (sums == 0).all()
+        got[fragments] = lse2.cpu(), delta.cpu()
+    for plain, held in zip(got[False], got[True], strict=True):
+        torch.testing.assert_close(held, in_fragments(plain), rtol=0, atol=0)
+    sums = torch.randn(2 * rows, head_dim, device=device)
+    plan_postprocess(sums, dq, rows, 0.5, fragments=True).run()
+    wanted = rows_of(sums.cpu()).view(1, 2, rows, head_dim)[:, :, :num_queries] * 0.5
+    torch.testing.assert_close(dq.cpu(), wanted.to(dq.dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -267,63 +312,65 @@ FORWARD_MISTAKES = {
 }
 BACKWARD_MISTAKES = {
     "dS of the other group not waited for": (
-        "meet(0, True)",
-        "meet(0, False)",
+        "meet(0 if SPLIT else PARITY, MINE)",
+        "meet(0 if SPLIT else PARITY, False)",
     ),
-    "one buffer of dS": ("dS_all = ds_slots.index(turn & 1)", "dS_all = ds_slots.index(0)"),
-    "no fence behind dS": (
-        "dv, is_async=True)\n    fence_async_shared()",
-        "dv, is_async=True)",
-    ),
+    "one buffer of dS": ("dS_all = ds_slots.index(at & 1)", "dS_all = ds_slots.index(0)"),
+    "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
     "dQ's staging overwritten": ("    tma.store_wait(0)  # what the slot had before\n", ""),
     "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
-    "Q given back a turn early": (
-        "dk = warpgroup_mma_wait(0, (dk,))\n    hand_back(Q_BARRIERS + q_slot, 2)",
-        "hand_back(Q_BARRIERS + q_slot, 2)\n    dk = warpgroup_mma_wait(0, (dk,))",
+    "a slot filled while it is read": (
+        "at + STAGES // 2 + more, turn + STAGES // 2 + more,",
+        "at + STAGES // 2 + more + 1, turn + STAGES // 2 + more + 1,",
     ),
-    "dO read before it is there": (
-        "mbarrier.wait(do_full.index(do_slot), (turn // DO_STAGES) & 1)",
+    "asked for before groups meet": (
+        "fence_async_shared()\n    meet(0 if SPLIT else PARITY, MINE)",
+        "fence_async_shared()",
+    ),
+    "Q and dO read before they are there": (
+        "mbarrier.wait(full.index(slot), (at // STAGES) & 1)",
         "pass",
     ),
-    "nobody gives dO back": (
-        "    hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)\n",
-        "",
-    ),
-    "one group alone gives Q back": (
-        "take_back(Q_BARRIERS + q_slot, 2)",
-        "take_back(Q_BARRIERS + q_slot, 1)",
-    ),
-    "Q and dO share barriers": (
-        "hand_back(Q_BARRIERS + Q_STAGES + do_slot, 2)",
-        "hand_back(Q_BARRIERS + do_slot, 2)",
-    ),
+    "dO not waited for": ("= do.block_type.nbytes + delta", "= delta"),
+    "a turn that is not there": ("wanted = turn < num_turns", "wanted = turn < num_turns + 1"),
+    "the last turn not asked for": ("wanted = turn < num_turns", "wanted = turn < num_turns - 1"),
     "dV taken while in flight": (
-        "dv, dQ_now = warpgroup_mma_wait(1, (dv, dQ))",
-        "dv, dQ_now = warpgroup_mma_wait(2, (dv, dQ))",
+        "dv = warpgroup_mma_wait(0, (dv,))",
+        "dv = warpgroup_mma_wait(1, (dv,))",
     ),
+    "dQ taken while in flight": (
+        "dQ_now = warpgroup_mma_wait(1, (dQ,))",
+        "dQ_now = warpgroup_mma_wait(2, (dQ,))",
+    ),
+    "the second turn not masked": ("begin = 2\n", "begin = 1\n"),
     "L of another turn": (
-        "lse2, [row], q_full.index(q_slot), l_slots.index(q_slot)",
-        "lse2, [row], q_full.index(q_slot), l_slots.index(0)",
-    ),
-    "D not waited for": (
-        "do.block_type.nbytes + delta.block_type.nbytes",
-        "do.block_type.nbytes",
+        "lse2, [row], here, l_slots.index(slot)",
+        "lse2, [row], here, l_slots.index(0)",
     ),
     "K and V of the item before": ("mbarrier.wait(kv_full.index(0), done & 1)", "pass"),
-    "K given back while it is read": (
-        "        mbarrier.wait(kv_full.index(0), done & 1)\n",
-        "        mbarrier.wait(kv_full.index(0), done & 1)\n        release(kv_empty.index(0))\n",
-    ),
+    "K overwritten while it is read": ("meet(ITEMS, True)", "meet(ITEMS, False)"),
     "dK and dV share their way out": ("    tma.store_wait(0)\n    gl.thread_barrier()\n", ""),
-    "the ring begins anew": (
-        "        ring += GROUP * per_head\n        tile, batch, kv_head = next_tile",
-        "        tile, batch, kv_head = next_tile",
-    ),
+    "the ring begins anew": ("        ring += num_turns\n", ""),
     "dQ of the wrong row": ("at = row * 4", "at = row * 2"),
 }
 
 
 # Of the kernel with three groups.
+HALVES_MISTAKES = {
+    "Q there is taken for dO there": ("count=2 if HALVES else 1", "count=1"),
+    "dO asked for a turn late": (
+        "FIRST: gl.constexpr = WHICH if STAGES == 4 else 0",
+        "FIRST: gl.constexpr = 0",
+    ),
+    "a slot filled while it is read": (
+        "at + STAGES // 2 + more, turn + STAGES // 2 + more,",
+        "at + STAGES // 2 + more + 1, turn + STAGES // 2 + more + 1,",
+    ),
+    "who does not wait asks": ("if MINE and (HALVES or WHICH == 0):", "if HALVES or WHICH == 0:"),
+    "both ask for Q": ("if SHARE != 1:", "if True:"),
+    "K overwritten while it is read": ("meet(ITEMS, True)", "meet(ITEMS, False)"),
+}
+
 THREE_GROUPS_MISTAKES = {
     "dS of the other groups not waited for": (
         "meet(WHICH, True, GROUPS)",
@@ -337,24 +384,30 @@ THREE_GROUPS_MISTAKES = {
     "no fence behind dS": ("dv, is_async=True)\n    fence_async_shared()", "dv, is_async=True)"),
     "dQ of one group's keys": ("k_slots.index(group + nothing)", "k_slots.index(nothing)"),
     "groups share dQ's way out": ("send(dq, dq_slots.index(WHICH)", "send(dq, dq_slots.index(0)"),
-    "Q and dO given back a turn early": (
-        "    dv, dk = warpgroup_mma_wait(0, (dV, dK))\n    hand_back(SLOT_BARRIERS + slot, GROUPS)",
-        "    hand_back(SLOT_BARRIERS + slot, GROUPS)\n    dv, dk = warpgroup_mma_wait(0, (dV, dK))",
+    "asked for before groups meet": (
+        "        meet(WHICH, True, GROUPS)\n        dQ",
+        "        come_to_meet(WHICH, GROUPS)\n        dQ",
     ),
-    "Q read before it is there": ("mbarrier.wait(q_full.index(slot), parity)", "pass"),
-    "dO read before it is there": ("mbarrier.wait(do_full.index(slot), parity)", "pass"),
-    "nobody gives Q and dO back": ("    hand_back(SLOT_BARRIERS + slot, GROUPS)\n", ""),
-    "two groups alone give Q and dO back": (
-        "take_back(SLOT_BARRIERS + slot, GROUPS)",
-        "take_back(SLOT_BARRIERS + slot, GROUPS - 1)",
+    "a slot filled while it is read": (
+        "at + STAGES - 1,\n            turn + STAGES - 1,",
+        "at + STAGES,\n            turn + STAGES,",
     ),
+    "Q and dO read before they are there": (
+        "mbarrier.wait(full.index(slot), (at // STAGES) & 1)",
+        "pass",
+    ),
+    "dO not waited for": ("= do.block_type.nbytes + delta", "= delta"),
+    "the last turn not asked for": ("wanted = turn < num_turns", "wanted = turn < num_turns - 1"),
     "dK taken while in flight": (
         "dv, dk = warpgroup_mma_wait(0, (dV, dK))",
         "dv, dk = warpgroup_mma_wait(1, (dV, dK))",
     ),
     "D added and not taken off": ("D[None, :] * (zeros + 1.0)", "D[None, :] * (zeros - 1.0)"),
     "K and V of the item before": ("mbarrier.wait(kv_full.index(0), done & 1)", "pass"),
-    "K given back by two groups": ("count=GROUPS)", "count=GROUPS - 1)"),
+    "K overwritten while it is read": (
+        "meet(ITEMS, WHICH == 0, GROUPS)",
+        "meet(ITEMS, False, GROUPS)",
+    ),
     "dK on its way out where the next dS is": (
         "        tma.store_wait(0)  # dK of the item before: it was where dS will be\n",
         "",
@@ -398,6 +451,13 @@ def test_mistakes_of_the_forward_kernel_are_found(mistake: str) -> None:
 @pytest.mark.parametrize("mistake", BACKWARD_MISTAKES)
 def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
+
+
+@pytest.mark.parametrize("mistake", HALVES_MISTAKES)
+def test_mistakes_of_the_backward_kernel_whose_groups_ask_for_halves_are_found(
+    mistake: str,
+) -> None:
+    assert is_found((None, HALVES_MISTAKES[mistake]), 64)
 
 
 @pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)

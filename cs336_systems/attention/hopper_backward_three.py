@@ -38,26 +38,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_backward import place, store_rows
+from cs336_systems.attention.hopper_backward import ALL, fetch, store_rows
 from cs336_systems.attention.hopper_common import (
-    NUM_BARRIERS,
     ROWS,
     come_to_meet,
-    hand_back,
     item_at,
+    load_columns,
     meet,
-    release,
     sums_layout,
-    take_back,
 )
 from cs336_systems.attention.hopper_gradients import masked, send
 
 GROUPS = gl.constexpr(3)
 KEYS = gl.constexpr(192)
 HEAD_DIM = gl.constexpr(64)
-SLOT_BARRIERS = gl.constexpr(3)
-"""Named barriers: one for each group to meet the others at, then those of the slots of Q and dO,
-which come back together."""
+ITEMS = gl.constexpr(3)
+"""Named barriers: one for each group to meet the others at, then that at which group 0 learns that
+all are done with an item."""
 
 
 @gluon.jit
@@ -70,46 +67,27 @@ def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def produce(
+def fetch_item(
+    q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, kv_full, full,
+    ring, tile, batch, kv_head, num_heads, num_queries_padded,
     GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
-    kv_full, kv_empty, q_full, do_full,
-    items_ptr, num_heads, num_queries_padded,
 ):  # fmt: skip
-    """Fetch K and V, then Q with L and dO with D turn by turn, as slots become free."""
-    done, ring = 0, 0  # items and turns
-    tile, batch, kv_head, following = item_at(items_ptr, gl.program_id(0))
-    while tile >= 0:
-        key0 = tile * KEYS
-        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-        per_head = (num_queries_padded - first_row) // ROWS
-        mbarrier.wait(kv_empty.index(0), done & 1 ^ 1)
-        mbarrier.expect(kv_full.index(0), GROUPS * (k.block_type.nbytes + v.block_type.nbytes))
-        for group in gl.static_range(GROUPS):
-            box = [batch, kv_head, key0 + group * ROWS, 0]
-            tma.async_copy_global_to_shared(k, box, kv_full.index(0), k_slots.index(group))
-            tma.async_copy_global_to_shared(v, box, kv_full.index(0), v_slots.index(group))
-        for turn in range(GROUP * per_head):
-            member, row0 = place(turn, first_row, per_head, GROUP)
-            head = kv_head * GROUP + member
-            row = (batch * num_heads + head) * num_queries_padded + row0
-            at = ring + turn
-            slot = at % STAGES
-            if at >= STAGES:
-                take_back(SLOT_BARRIERS + slot, GROUPS)
-            mbarrier.expect(q_full.index(slot), q.block_type.nbytes + lse2.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q, [batch, head, row0, 0], q_full.index(slot), q_slots.index(slot)
-            )
-            tma.async_copy_global_to_shared(lse2, [row], q_full.index(slot), l_slots.index(slot))
-            mbarrier.expect(do_full.index(slot), do.block_type.nbytes + delta.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                do, [batch, head, row0, 0], do_full.index(slot), do_slots.index(slot)
-            )
-            tma.async_copy_global_to_shared(delta, [row], do_full.index(slot), d_slots.index(slot))
-        done += 1
-        ring += GROUP * per_head
-        tile, batch, kv_head, following = item_at(items_ptr, following)
+    """Ask for an item's K and V, and for its first turns, up to those that `one_turn` asks for."""
+    key0 = tile * KEYS
+    first_row = first_row_of(key0, num_queries_padded, CAUSAL)
+    per_head = (num_queries_padded - first_row) // ROWS
+    head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+    mbarrier.expect(kv_full.index(0), GROUPS * (k.block_type.nbytes + v.block_type.nbytes))
+    for group in gl.static_range(GROUPS):
+        box = [batch, kv_head, key0 + group * ROWS, 0]
+        tma.async_copy_global_to_shared(k, box, kv_full.index(0), k_slots.index(group))
+        tma.async_copy_global_to_shared(v, box, kv_full.index(0), v_slots.index(group))
+    for turn in gl.static_range(STAGES - 1):
+        fetch(
+            q, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, full, ring + turn, turn,
+            GROUP * per_head, batch, kv_head * GROUP, first_row, per_head, head_row,
+            num_queries_padded, ALL, GROUP, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -125,13 +103,15 @@ def times_keys(ds_slots, k_slots, ds_slot, nothing):
 
 @gluon.jit
 def one_turn(
-    dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots, dq_slots,
-    q_full, do_full, turn, row, row0, key0, num_keys, qk_scale,
-    WHICH: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
+    q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots,
+    dq_slots, full, ring, turn, num_turns, batch, first_head, first_row, per_head, head_row,
+    num_queries_padded, row, row0, key0, num_keys, qk_scale,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row: its first query's row in L, D and the dQ buffer.
 
-    `turn >> 30` is 0, which the compiler cannot know: addresses that it takes for fixed it computes
+    `at >> 30` is 0, which the compiler cannot know: addresses that it takes for fixed it computes
     before the loop, more than there are registers for.
     """
     dtype: gl.constexpr = q_slots.dtype
@@ -139,19 +119,19 @@ def one_turn(
     HELD: gl.constexpr = gl.DotOperandLayout(0, sums_layout(HEAD_DIM), 2)
     COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     zeros = gl.zeros((ROWS, ROWS), gl.float32, S_LAYOUT)
-    K = k_slots.index(WHICH + (turn >> 30)).reshape([ROWS, HEAD_DIM])
-    slot, parity, owner = turn % STAGES, (turn // STAGES) & 1, turn % GROUPS
+    at = ring + turn
+    K = k_slots.index(WHICH + (at >> 30)).reshape([ROWS, HEAD_DIM])
+    slot, owner = at % STAGES, at % GROUPS
     Q = q_slots.index(slot).reshape([ROWS, HEAD_DIM])
     dO = do_slots.index(slot).reshape([ROWS, HEAD_DIM])
 
-    mbarrier.wait(q_full.index(slot), parity)
+    mbarrier.wait(full.index(slot), (at // STAGES) & 1)
     # Before S: loads from shared memory and products are in one queue.
-    L = l_slots.index(slot).load(COLS)
+    L = load_columns(l_slots.index(slot), COLS)
     S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(0, (S,))
-    S_now = masked(S_now, row0, key0, num_keys, WHICH, CAUSAL, KEY_TAIL)
-    mbarrier.wait(do_full.index(slot), parity)
-    D = d_slots.index(slot).load(COLS)
+    S_now = masked(S_now, row0, key0, num_keys, WHICH, CAUSAL, False, KEY_TAIL)
+    D = load_columns(d_slots.index(slot), COLS)
     P = gl.exp2(S_now * qk_scale - L[None, :])
     rest = warpgroup_mma(minus_V, dO.permute((1, 0)), D[None, :] * (zeros + 1.0), is_async=True)
     rest_now = warpgroup_mma_wait(0, (rest,))  # D - dP
@@ -165,10 +145,15 @@ def one_turn(
         come_to_meet(owner, GROUPS)
     dK = warpgroup_mma(gl.convert_layout(dS, HELD), Q, dk, is_async=True)
     dv, dk = warpgroup_mma_wait(0, (dV, dK))
-    hand_back(SLOT_BARRIERS + slot, GROUPS)
     if owner == WHICH:
         meet(WHICH, True, GROUPS)
-        dQ = times_keys(ds_slots, k_slots, ds_slot, turn >> 30)
+        dQ = times_keys(ds_slots, k_slots, ds_slot, at >> 30)
+        # All are done with the turn before: its slot is that of the turn after the next.
+        fetch(
+            q, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, full, at + STAGES - 1,
+            turn + STAGES - 1, num_turns, batch, first_head, first_row, per_head, head_row,
+            num_queries_padded, ALL, GROUP, STAGES,
+        )  # fmt: skip
         dQ_now = warpgroup_mma_wait(0, (dQ,))
         send(dq, dq_slots.index(WHICH), dQ_now, row, 0, False)
     else:
@@ -178,11 +163,11 @@ def one_turn(
 
 
 @gluon.jit
-def consume(
+def compute(
     WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr,
-    dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots,
-    dq_slots, kv_full, kv_empty, q_full, do_full,
+    q, k, v, do, lse2, delta, dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots,
+    v_slots, ds_slots, dq_slots, kv_full, full,
     items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys of every item, and dQ of every third turn."""
@@ -193,31 +178,47 @@ def consume(
     done, ring = 0, 0
     item = gl.program_id(0)
     tile, batch, kv_head, _ = item_at(items_ptr, item)
+    if WHICH == 0:
+        fetch_item(
+            q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots,
+            kv_full, full, ring, tile, batch, kv_head, num_heads, num_queries_padded,
+            GROUP, STAGES, CAUSAL,
+        )  # fmt: skip
     while tile >= 0:
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
-        head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
         num_turns = GROUP * per_head
+        first_head = kv_head * GROUP
+        head_row = (batch * num_heads + first_head) * num_queries_padded
         dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
-        # All groups are done with the item before, else its slots would not have been given back.
         mbarrier.wait(kv_full.index(0), done & 1)
         tma.store_wait(0)  # dK of the item before: it was where dS will be
         gl.thread_barrier()
         minus_V = -V_here.load(KV_LAYOUT)
-        for turn in range(num_turns):
-            member, row0 = place(turn, first_row, per_head, GROUP)
-            row = head_row + member * num_queries_padded + row0
-            dk, dv = one_turn(
-                dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots,
-                dq_slots, q_full, do_full, ring + turn, row, row0, key0, num_keys, qk_scale,
-                WHICH, STAGES, CAUSAL, KEY_TAIL,
-            )  # fmt: skip
-        release(kv_empty.index(0))
+        for member in range(GROUP):
+            before, row = member * per_head, head_row + member * num_queries_padded
+            for step in range(per_head):
+                row0 = first_row + step * ROWS
+                dk, dv = one_turn(
+                    q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots,
+                    minus_V, ds_slots, dq_slots, full, ring, before + step, num_turns, batch,
+                    first_head, first_row, per_head, head_row, num_queries_padded, row + row0,
+                    row0, key0, num_keys, qk_scale,
+                    WHICH, GROUP, STAGES, CAUSAL, KEY_TAIL,
+                )  # fmt: skip
+        meet(ITEMS, WHICH == 0, GROUPS)
         # Looked up again: the loop has no registers for it.
         tile, batch, kv_head, item = item_at(items_ptr, item)
         next_tile, next_batch, next_head, _ = item_at(items_ptr, item)
+        if WHICH == 0:  # noqa: SIM102 (known when compiled)
+            if next_tile >= 0:
+                fetch_item(
+                    q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots,
+                    v_slots, kv_full, full, ring + num_turns, next_tile, next_batch, next_head,
+                    num_heads, num_queries_padded, GROUP, STAGES, CAUSAL,
+                )  # fmt: skip
         key = tile * KEYS + WHICH * ROWS
         stage = ds_slots.index((ring + num_turns) % GROUPS * GROUPS + WHICH)
         store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
@@ -244,7 +245,6 @@ def backward_kernel(
 ):  # fmt: skip
     """num_queries_padded is a multiple of 64, to which L (inf) and D (0) are padded."""
     gl.static_assert(k.block_shape[3] == HEAD_DIM)
-    gl.static_assert(SLOT_BARRIERS + STAGES <= NUM_BARRIERS)
     q_slots = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, ROWS, HEAD_DIM], q.layout)
     do_slots = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, ROWS, HEAD_DIM], do.layout)
     k_slots = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 1, ROWS, HEAD_DIM], k.layout)
@@ -256,33 +256,23 @@ def backward_kernel(
     d_slots = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], delta.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(kv_full.index(0), count=1)
-    mbarrier.init(kv_empty.index(0), count=GROUPS)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(stage), count=1)
-        mbarrier.init(do_full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=1)
     fence_async_shared()
     shared = (
-        dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, ds_slots, dq_slots,
-        kv_full, kv_empty, q_full, do_full,
+        q, k, v, do, lse2, delta, dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slots,
+        v_slots, ds_slots, dq_slots, kv_full, full,
         items_ptr, num_heads, num_queries_padded, num_keys, qk_scale, scale,
-    )  # fmt: skip
-    fetched = (
-        q, k, v, do, lse2, delta, q_slots, do_slots, k_slots, v_slots, l_slots, d_slots,
-        kv_full, kv_empty, q_full, do_full,
-        items_ptr, num_heads, num_queries_padded,
     )  # fmt: skip
     # Constants stay such only outside of variables. Gluon has no unpacking.
     gl.warp_specialize(
         [
-            (consume, (0, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
-            (consume, (1, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
-            (consume, (2, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
-            (produce, (GROUP, STAGES, CAUSAL) + fetched),
+            (compute, (0, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
+            (compute, (1, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
+            (compute, (2, GROUP, STAGES, CAUSAL, KEY_TAIL) + shared),
         ],
-        [4, 4, 1],
-        [160, 160, 32],
+        [4, 4],
+        [168, 168],
     )

@@ -32,6 +32,32 @@ def sums_layout(columns):
     )
 
 
+@constexpr_function
+def _held_layout():
+    """Return how threads hold what `load_columns` loads, as [4, 4, 2, 2]."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0], [2, 0, 0, 0]],
+        lane_bases=[[0, 1, 0, 0], [0, 2, 0, 0]] + [[0, 0, 0, 0]] * 3,
+        warp_bases=[[0, 0, 0, 0]] * 2,
+        block_bases=[],
+        shape=[4, 4, 2, 2],
+    )
+
+
+@gluon.jit
+def load_columns(numbers, LAYOUT: gl.constexpr):
+    """Load a number for each of a product's 64 columns, 16 bytes at a time.
+
+    A thread has two columns of every eight, side by side, and those of four pairs of eights. In
+    shared memory the bits of a column, (pair 2, eight 1, lane 2, element 1), are therefore in the
+    order (pair, lane, eight, element).
+    """
+    held = numbers.reshape([4, 4, 2, 2]).load(_held_layout())
+    return gl.convert_layout(
+        held.permute((0, 2, 1, 3)).reshape([ROWS]), LAYOUT, assert_trivial=True
+    )
+
+
 @gluon.jit
 def item_at(items_ptr, row):
     """Return (tile, batch, head, the row that follows) of a row of `hopper_schedule.schedule`."""
@@ -85,25 +111,3 @@ def hand_back(which, READERS: gl.constexpr):
 def take_back(which, READERS: gl.constexpr):
     """Wait, as the fetching warp, until READERS warpgroups are done with a slot."""
     _come(which, True, 128 * READERS + 32)
-
-
-_IN_ORDER = gl.constexpr(
-    "{ .reg .u32 t; .reg .pred p; AGAIN: mov.u32 t, %clock; setp.eq.u32 p, t, 0; @p bra AGAIN; }"
-)
-
-
-@constexpr_function
-def _in_order_operands(num):
-    return ",".join(["=f"] * num + [str(at) for at in range(num)])
-
-
-@gluon.jit
-def in_order(x, NUM: gl.constexpr):
-    """Return x, of which each thread has NUM floats, before anything that is below in the source.
-
-    The assembler puts a wait for a product before what was to be done meanwhile, unless that is in
-    a block of code of its own, which a loop ends.
-    """
-    return gl.inline_asm_elementwise(
-        _IN_ORDER, _in_order_operands(NUM), [x], dtype=gl.float32, is_pure=False, pack=NUM
-    )

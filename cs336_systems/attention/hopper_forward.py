@@ -159,7 +159,7 @@ def go_through(
 def attend(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, THREES: gl.constexpr, EARLY: gl.constexpr,
-    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HOLD: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
     items_ptr, item, num_heads, tile, done, ring, num, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
@@ -188,6 +188,9 @@ def attend(
         hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
 
     mbarrier.wait(q_full.index(WHICH), done & 1)
+    if HOLD:
+        Q = Q.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+        release(q_empty.index(WHICH))
     slot = (ring + first) % STAGES
     mbarrier.wait(k_full.index(slot), ((ring + first) // STAGES) & 1)
     K = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
@@ -222,7 +225,8 @@ def attend(
             Q, k_slots, v_slots, k_full, v_full, acc, P_half, m_i, l_i, begin, end, qk_scale,
         )  # fmt: skip
 
-    release(q_empty.index(WHICH))
+    if not HOLD:
+        release(q_empty.index(WHICH))
     last_at = ring + num - 1
     slot = last_at % STAGES
     mbarrier.wait(v_full.index(slot), (last_at // STAGES) & 1)
@@ -253,7 +257,7 @@ def attend(
 def consume(
     WHICH: gl.constexpr, NUM_GROUPS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     KEY_TAIL: gl.constexpr, PING_PONG: gl.constexpr, THREES: gl.constexpr, EARLY: gl.constexpr,
-    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HOLD: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full, v_full,
     items_ptr, num_heads, num_queries, num_keys, qk_scale,
 ):  # fmt: skip
@@ -266,7 +270,7 @@ def consume(
     while tile >= 0:
         num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
         item, tile = attend(
-            WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
+            WHICH, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD, BLOCK_N,
             HEAD_DIM, o, lse_ptr, q_slots, k_slots, v_slots, o_slots, q_full, q_empty, k_full,
             v_full, items_ptr, item, num_heads, tile, done, ring, num, num_queries,
             num_keys, qk_scale,
@@ -296,6 +300,7 @@ def forward_kernel(
     PING_PONG: gl.constexpr,
     THREES: gl.constexpr,
     EARLY: gl.constexpr,
+    HOLD: gl.constexpr,
 ):
     """Compute O and L; qk_scale is scale * log2(e) > 0."""
     BLOCK_N: gl.constexpr = k.block_shape[2]
@@ -332,14 +337,14 @@ def forward_kernel(
             [
                 (
                     consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
-                     HEAD_DIM)
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
                     + shared,
                 ),
                 (
                     consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
-                     HEAD_DIM)
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
                     + shared,
                 ),
                 (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
@@ -353,20 +358,20 @@ def forward_kernel(
             [
                 (
                     consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
-                     HEAD_DIM)
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
                     + shared,
                 ),
                 (
                     consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
-                     HEAD_DIM)
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
                     + shared,
                 ),
                 (
                     consume,
-                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, BLOCK_N,
-                     HEAD_DIM)
+                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
                     + shared,
                 ),
                 (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),

@@ -53,22 +53,26 @@ class ForwardTile:
     """Whether maxima are looked for as integers, three numbers at a time."""
     early: bool
     """Whether O is multiplied before the exponentials, for which the last P V has to be done."""
+    hold: bool
+    """Whether Q is held in registers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardTile:
     """What the backward kernel holds where."""
 
-    q_stages: int
-    """Tiles of Q on their way or in use."""
-    do_stages: int
-    hold: bool
-    """Whether K and V are held in registers."""
+    num_stages: int
+    """Tiles of Q and of dO on their way or in use."""
+    hold_k: bool
+    """Whether K is held in registers."""
+    hold_v: bool
+    """Whether V is."""
     persistent: bool
     """As ForwardTile's."""
+    halves: bool = False
+    """Whether each of two groups asks for half of what a turn needs, else the first for all."""
     num_groups: int = 2
-    """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel, which holds V alone
-    and gives Q and dO back together."""
+    """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel; it holds V alone."""
 
 
 FORWARD = {
@@ -80,6 +84,7 @@ FORWARD = {
         persistent=True,
         threes=True,
         early=True,
+        hold=False,
     ),
     128: ForwardTile(
         num_groups=2,
@@ -89,16 +94,17 @@ FORWARD = {
         persistent=True,
         threes=True,
         early=False,
+        hold=True,
     ),
 }
 """By head dim, as BACKWARD."""
 BACKWARD = {
-    64: BackwardTile(q_stages=3, do_stages=3, hold=True, persistent=True),
-    128: BackwardTile(q_stages=2, do_stages=2, hold=False, persistent=True),
+    64: BackwardTile(num_stages=4, hold_k=True, hold_v=True, persistent=True, halves=True),
+    128: BackwardTile(num_stages=2, hold_k=False, hold_v=True, persistent=True),
 }
 
 
-THREE_GROUPS = BackwardTile(q_stages=3, do_stages=3, hold=True, persistent=True, num_groups=3)
+THREE_GROUPS = BackwardTile(num_stages=3, hold_k=False, hold_v=True, persistent=True, num_groups=3)
 THREE_GROUPS_KEYS = {True: 8192, False: 2048}
 """By whether the mask is causal: from how many keys on three groups are faster. Fewer tiles of 192
 keys are dealt out less evenly, and more of one is masked."""
@@ -173,6 +179,7 @@ def plan_hopper_forward(
         "PING_PONG": tile.ping_pong,
         "THREES": tile.threes,
         "EARLY": tile.early,
+        "HOLD": tile.hold,
     }
     return Launch(
         kernel=forward_kernel,
@@ -245,11 +252,12 @@ def plan_hopper_backward(
 def _constants(tile: BackwardTile) -> dict[str, int | bool]:
     """Return what a tile sets in its kernel."""
     if tile.num_groups == 3:
-        return {"STAGES": tile.q_stages}
+        return {"STAGES": tile.num_stages}
     return {
-        "Q_STAGES": tile.q_stages,
-        "DO_STAGES": tile.do_stages,
-        "HOLD": tile.hold,
+        "STAGES": tile.num_stages,
+        "HOLD_K": tile.hold_k,
+        "HOLD_V": tile.hold_v,
+        "HALVES": tile.halves,
     }
 
 

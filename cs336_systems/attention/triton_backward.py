@@ -51,9 +51,11 @@ def preprocess_kernel(
     BLOCK_M: tl.constexpr,
     CLEAR: tl.constexpr,
     WIDE: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
     """Compute D and L in base 2 of BLOCK_M queries; CLEAR sets their rows of the dQ buffer to 0.
 
+    FRAGMENTS: of every 64 rows in the order of `hopper_common.load_columns`.
     Rows that only pad the last tile get L = inf, so that P = 0.
     """
     pid = tl.program_id(0)
@@ -75,8 +77,11 @@ def preprocess_kernel(
     L = tl.load(lse_rows, mask=offs_m < num_queries, other=float("inf"))
     first = batch_head.to(tl.int64) * num_queries_padded + row0
     inside = offs_m < num_queries_padded
-    tl.store(delta_ptr + first + tl.arange(0, BLOCK_M), D, mask=inside)
-    tl.store(lse2_ptr + first + tl.arange(0, BLOCK_M), L * LOG2_E, mask=inside)
+    places = tl.arange(0, BLOCK_M)
+    if FRAGMENTS:
+        places = (places & ~14) | (places & 6) << 1 | (places & 8) >> 2
+    tl.store(delta_ptr + first + places, D, mask=inside)
+    tl.store(lse2_ptr + first + places, L * LOG2_E, mask=inside)
     if CLEAR:
         clear = tile_pointers(dq_sum_ptr, HEAD_PAD, first, BLOCK_M, HEAD_PAD, False)
         tl.store(clear, tl.zeros((BLOCK_M, HEAD_PAD), tl.float32), mask=inside[:, None])

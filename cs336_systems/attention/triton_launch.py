@@ -102,10 +102,12 @@ def plan_forward(
 
 
 def plan_preprocess(
-    o: Tensor, do: Tensor, lse: Tensor, lse2: Tensor, delta: Tensor, dq_sum: Tensor | None
-) -> Launch:
+    o: Tensor, do: Tensor, lse: Tensor, lse2: Tensor, delta: Tensor, dq_sum: Tensor | None,
+    *, fragments: bool = False,
+) -> Launch:  # fmt: skip
     """Return the launch that computes D, and L in base 2, and clears the dQ buffer.
 
+    fragments: D and L are in the order of `hopper_common.load_columns`.
     Shapes: lse2 and delta are (batch, heads, padded rows), the buffer has as many rows in all.
     """
     batch, num_heads, num_queries, head_dim = o.shape
@@ -128,6 +130,7 @@ def plan_preprocess(
         "BLOCK_M": tile.block_m,
         "CLEAR": dq_sum is not None,
         "WIDE": _wide(tile, o, do),
+        "FRAGMENTS": fragments,
     }
     return _launch(preprocess_kernel, num_tiles * batch * num_heads, arguments, tile)
 

@@ -236,7 +236,9 @@ def _plan_hopper_backward(views: list[Tensor], lse: Tensor, causal: bool, scale:
     shape = (q.shape[0] * q.shape[1] * rows, q.shape[3])
     made["dq_sum"] = q.new_empty(shape, dtype=torch.float32)
     launches = [
-        plan_preprocess(o, do, lse, made["lse2"], made["delta"], made["dq_sum"]),
+        plan_preprocess(
+            o, do, lse, made["lse2"], made["delta"], made["dq_sum"], fragments=True
+        ),
         plan_hopper_backward(
             q, k, v, do, made["lse2"], made["delta"], made["dq_sum"], made["dk"], made["dv"],
             causal=causal, scale=scale,
