@@ -400,7 +400,9 @@ def _wait_for_stores(num_outstanding: int) -> None:
     machine().switch(lambda: all(task.stores[each] for each in older), "its stores")
 
 
-def _named_barrier(text: str, _: str, operands: Sequence[Any], **__: Any) -> None:
+def _assembly(text: str, _: str, operands: Sequence[Any], **__: Any) -> None:
+    if text.startswith("prefetch"):
+        return
     found = re.match(r"bar\.(sync|arrive) (\$1|\d+), (\d+);", text)
     assert found is not None, text
     number, expected = int(operands[0] if operands else found[2]), int(found[3])
@@ -477,7 +479,7 @@ def _language() -> ModuleType:
         "store": _store,
         "allocate_shared_memory": _allocate,
         "thread_barrier": lambda: None,
-        "inline_asm_elementwise": _named_barrier,
+        "inline_asm_elementwise": _assembly,
         "warp_specialize": _specialize,
     }
     for name, value in functions.items():

@@ -28,7 +28,8 @@ def chains(work: Work, num_programs: int, at_once: int) -> list[list[tuple[int, 
     for row in range(num_programs):
         chain = []
         while rows[row][0] >= 0:
-            tile, batch, head, row = rows[row]
+            tile, batch, head, row, *after = rows[row]
+            assert after == [*rows[row][:3], 0]
             chain.append((tile, batch, head))
         found.append(chain)
     return found
@@ -84,6 +85,6 @@ def test_no_schedule_is_made_while_a_graph_is_captured(monkeypatch: pytest.Monke
 def test_heads_that_share_memory_come_after_each_other() -> None:
     """Where all items cost the same there is nothing to balance at the end."""
     work = Work(batch=2, num_heads=4, together=2, costs=(100, 100, 100))
-    done = [(batch, head) for _, batch, head, _ in schedule(work, 1, 8, CPU).tolist()[:-1]]
+    done = [(batch, head) for _, batch, head, *_ in schedule(work, 1, 8, CPU).tolist()[:-1]]
     pairs = [(batch, head // 2) for batch, head in done]
     assert pairs == sorted(pairs)

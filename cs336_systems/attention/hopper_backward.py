@@ -50,9 +50,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from cs336_systems.attention.hopper_common import (
     ROWS,
+    item_after,
     item_at,
     load_columns,
     meet,
+    prefetch_item,
     sums_layout,
 )
 from cs336_systems.attention.hopper_gradients import masked, send, times_keys
@@ -262,6 +264,7 @@ def compute(
         WHICH, HALVES, GROUP, STAGES, CAUSAL,
     )  # fmt: skip
     while tile >= 0:
+        prefetch_item(items_ptr, item)
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
@@ -304,10 +307,10 @@ def compute(
                         half, WHICH, HALVES, GROUP, STAGES, HOLD_K, HOLD_V, False,
                         KEY_TAIL,
                     )  # fmt: skip
-        meet(ITEMS, True)
         # Looked up again: the loop has no registers for it.
+        next_tile, next_batch, next_head = item_after(items_ptr, item)
         tile, batch, kv_head, item = item_at(items_ptr, item)
-        next_tile, next_batch, next_head, _ = item_at(items_ptr, item)
+        meet(ITEMS, True)
         ring += num_turns
         if next_tile >= 0:
             fetch_item(

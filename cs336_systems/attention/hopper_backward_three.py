@@ -42,9 +42,11 @@ from cs336_systems.attention.hopper_backward import ALL, fetch, store_rows
 from cs336_systems.attention.hopper_common import (
     ROWS,
     come_to_meet,
+    item_after,
     item_at,
     load_columns,
     meet,
+    prefetch_item,
     sums_layout,
 )
 from cs336_systems.attention.hopper_gradients import masked, send
@@ -185,6 +187,7 @@ def compute(
             GROUP, STAGES, CAUSAL,
         )  # fmt: skip
     while tile >= 0:
+        prefetch_item(items_ptr, item)
         key0 = tile * KEYS
         first_row = first_row_of(key0, num_queries_padded, CAUSAL)
         per_head = (num_queries_padded - first_row) // ROWS
@@ -208,10 +211,10 @@ def compute(
                     row0, key0, num_keys, qk_scale,
                     WHICH, GROUP, STAGES, CAUSAL, KEY_TAIL,
                 )  # fmt: skip
-        meet(ITEMS, WHICH == 0, GROUPS)
         # Looked up again: the loop has no registers for it.
+        next_tile, next_batch, next_head = item_after(items_ptr, item)
         tile, batch, kv_head, item = item_at(items_ptr, item)
-        next_tile, next_batch, next_head, _ = item_at(items_ptr, item)
+        meet(ITEMS, WHICH == 0, GROUPS)
         if WHICH == 0:  # noqa: SIM102 (known when compiled)
             if next_tile >= 0:
                 fetch_item(

@@ -61,8 +61,24 @@ def load_columns(numbers, LAYOUT: gl.constexpr):
 @gluon.jit
 def item_at(items_ptr, row):
     """Return (tile, batch, head, the row that follows) of a row of `hopper_schedule.schedule`."""
-    at = items_ptr + row * 4
+    at = items_ptr + row * 8
     return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
+
+
+@gluon.jit
+def item_after(items_ptr, row):
+    """Return (tile, batch, head) of the row that follows."""
+    at = items_ptr + row * 8 + 4
+    return gl.load(at), gl.load(at + 1), gl.load(at + 2)
+
+
+@gluon.jit
+def prefetch_item(items_ptr, row):
+    """Have a row brought close, to be read without a wait for memory."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [items_ptr + row * 8], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -37,6 +37,7 @@ from cs336_systems.attention.hopper_common import (
     NUM_BARRIERS,
     ROWS,
     hand_back,
+    item_after,
     item_at,
     meet,
     release,
@@ -233,8 +234,8 @@ def attend(
     V = v_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
     acc = warpgroup_mma(P_half, V, acc, is_async=True)
     # Looked up here, where registers are free and there is time.
+    next_tile, _, _ = item_after(items_ptr, item)
     tile, batch, head, item = item_at(items_ptr, item)
-    next_tile = gl.load(items_ptr + item * 4)
     row0 = tile * (NUM_GROUPS * ROWS) + WHICH * ROWS
     total = gl.convert_layout(gl.sum(l_i, 1), S_ROWS)
     lse = (m_i + gl.log2(total)) * LN_2
@@ -266,7 +267,7 @@ def consume(
         meet(0, False)
     done, ring = 0, 0
     item = gl.program_id(0)
-    tile = gl.load(items_ptr + item * 4)
+    tile, _, _, _ = item_at(items_ptr, item)
     while tile >= 0:
         num = num_key_tiles((tile + 1) * (NUM_GROUPS * ROWS), num_keys, CAUSAL, BLOCK_N)
         item, tile = attend(

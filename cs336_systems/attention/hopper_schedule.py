@@ -46,14 +46,15 @@ class Work:
 
 @functools.cache
 def schedule(work: Work, num_programs: int, at_once: int, device: torch.device) -> Tensor:
-    """Return all items, int32 rows (tile, batch, head, the row that its program does next).
+    """Return all items, int32 rows (tile, batch, head, the row that its program does next, that
+    row's tile, batch and head, 0).
 
     Row i is program i's first; each of the rest goes to the program that is done first. After a
     program's last item comes the last row, whose tile is -1.
 
     at_once: how many programs run at a time.
 
-    Kept for good, since recorded launches may read it at any time: 16 bytes an item.
+    Kept for good, since recorded launches may read it at any time: 32 bytes an item.
     Raises: UsageError while a CUDA graph is captured, which cannot hold the copy to the device.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -70,7 +71,8 @@ def schedule(work: Work, num_programs: int, at_once: int, device: torch.device) 
         last[program] = row
         rows.append([tile, head // work.num_heads, head % work.num_heads, work.num_items])
     rows.append([-1, 0, 0, work.num_items])
-    return torch.tensor(rows, dtype=torch.int32).to(device)
+    table = [[*row, *rows[row[3]][:3], 0] for row in rows]
+    return torch.tensor(table, dtype=torch.int32).to(device)
 
 
 def _in_order(work: Work, at_once: int) -> Iterator[tuple[int, int]]:
