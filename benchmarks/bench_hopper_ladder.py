@@ -55,8 +55,8 @@ CHANGES: dict[tuple[str, int], dict[str, Any]] = {
         "persistent": None,
         "hold": None,
     },
-    ("backward", 64): {"hold_k": None, "hold_v": None, "halves": None, "persistent": None},
-    ("backward", 128): {"hold_v": None, "halves": None, "persistent": None},
+    ("backward", 64): {"hold_k": None, "hold_v": None, "persistent": None},
+    ("backward", 128): {"hold_v": None, "persistent": None},
 }
 OF_THREE_GROUPS = ("persistent",)
 """What of it can be changed where three groups work together, a kernel of its own."""

@@ -49,14 +49,12 @@ BACKWARD_TILES = {
     64: [
         BACKWARD[64],
         replace(BACKWARD[64], hold_k=False, hold_v=False, persistent=False),
-        replace(BACKWARD[64], halves=False),
         THREE_GROUPS,
         replace(THREE_GROUPS, num_stages=2, persistent=False),
     ],
     128: [
         BACKWARD[128],
         replace(BACKWARD[128], hold_k=True, hold_v=False),
-        replace(BACKWARD[128], halves=True),
     ],
 }
 
@@ -356,8 +354,11 @@ BACKWARD_MISTAKES = {
 
 
 # Of the kernel with three groups.
-HALVES_MISTAKES = {
-    "Q there is taken for dO there": ("count=2 if HALVES else 1", "count=1"),
+TAKING_TURNS_MISTAKES = {
+    "Q there is taken for dO there": (
+        "mbarrier.init(full.index(slot), count=2)",
+        "mbarrier.init(full.index(slot), count=1)",
+    ),
     "dO asked for a turn late": (
         "FIRST: gl.constexpr = WHICH if STAGES == 4 else 0",
         "FIRST: gl.constexpr = 0",
@@ -366,7 +367,10 @@ HALVES_MISTAKES = {
         "at + STAGES // 2 + more, turn + STAGES // 2 + more,",
         "at + STAGES // 2 + more + 1, turn + STAGES // 2 + more + 1,",
     ),
-    "who does not wait asks": ("if MINE and (HALVES or WHICH == 0):", "if HALVES or WHICH == 0:"),
+    "who does not wait asks": (
+        "    if MINE:\n        # Both groups",
+        "    if True:\n        # Both groups",
+    ),
     "both ask for Q": ("if SHARE != 1:", "if True:"),
     "K overwritten while it is read": ("meet(ITEMS, True)", "meet(ITEMS, False)"),
 }
@@ -453,11 +457,11 @@ def test_mistakes_of_the_backward_kernel_are_found(mistake: str) -> None:
     assert is_found((None, BACKWARD_MISTAKES[mistake]), 128)
 
 
-@pytest.mark.parametrize("mistake", HALVES_MISTAKES)
-def test_mistakes_of_the_backward_kernel_whose_groups_ask_for_halves_are_found(
+@pytest.mark.parametrize("mistake", TAKING_TURNS_MISTAKES)
+def test_mistakes_of_the_backward_kernel_whose_groups_take_turns_are_found(
     mistake: str,
 ) -> None:
-    assert is_found((None, HALVES_MISTAKES[mistake]), 64)
+    assert is_found((None, TAKING_TURNS_MISTAKES[mistake]), 64)
 
 
 @pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)

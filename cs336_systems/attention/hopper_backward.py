@@ -10,10 +10,10 @@ the dS of both groups: it goes through shared memory, and its sums leave by the 
 reduce-add in fp32.
 
 There is no warp that fetches: it would cost 15 registers of each thread that computes, and where
-groups meet for dS, both are done with the turn before, whose slots can be filled again. At head dim
-128 each group has half of dQ's columns, so they meet in every turn, and there are two slots; group
-0 asks for all that a turn needs. At 64 they take turns with all of dQ; only who computes it waits,
-and knows then that two slots of four are free: group 0 asks for Q and L, group 1 for dO and D.
+groups meet for dS, both are done with the turn before, whose slots can be filled again. Group 0
+asks for Q and L, group 1 for dO and D. At head dim 128 each has half of dQ's columns, so they meet
+in every turn, and there are two slots. At 64 they take turns with all of dQ; only who computes it
+waits, and knows then that two slots of four are free.
 
 A turn at head dim 64, with what the tensor cores do meanwhile in brackets:
   S^T = K Q^T, dP^T = V dO^T
@@ -120,7 +120,7 @@ def fetch(
 def fetch_item(
     q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, kv_full, full,
     ring, tile, batch, kv_head, num_heads, num_queries_padded,
-    WHICH: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Ask for an item's K (group 0) or V, and for this group's share of as many turns as `one_turn`
@@ -139,14 +139,13 @@ def fetch_item(
             tma.async_copy_global_to_shared(
                 v, [batch, kv_head, key0 + group * ROWS, 0], kv_full.index(0), v_slots.index(group)
             )
-    if HALVES or WHICH == 0:
-        FIRST: gl.constexpr = WHICH if STAGES == 4 else 0
-        for turn in gl.static_range(FIRST + STAGES // 2):
-            fetch(
-                q, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, full, ring + turn, turn,
-                GROUP * per_head, batch, kv_head * GROUP, first_row, per_head, head_row,
-                num_queries_padded, WHICH if HALVES else ALL, GROUP, STAGES,
-            )  # fmt: skip
+    FIRST: gl.constexpr = WHICH if STAGES == 4 else 0
+    for turn in gl.static_range(FIRST + STAGES // 2):
+        fetch(
+            q, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, full, ring + turn, turn,
+            GROUP * per_head, batch, kv_head * GROUP, first_row, per_head, head_row,
+            num_queries_padded, WHICH, GROUP, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -166,9 +165,8 @@ def one_turn(
     q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
     ds_slots, dq_slots, full, ring, turn, num_turns, batch, first_head, first_row, per_head,
     head_row, num_queries_padded, row, row0, key0, num_keys, qk_scale,
-    PARITY: gl.constexpr, WHICH: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, MASKED: gl.constexpr,
-    KEY_TAIL: gl.constexpr,
+    PARITY: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, MASKED: gl.constexpr, KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn of an item's. row: its first query's row in L, D and the dQ buffer. PARITY of the
     turn counts where groups take turns with dQ. K and V: this group's, if they are held in
@@ -202,7 +200,7 @@ def one_turn(
     L = load_columns(l_slots.index(slot), COLS)
     dP = warpgroup_mma(V, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(1, (S,))
-    S_now = masked(S_now, row0, key0, num_keys, WHICH, MASKED, True, KEY_TAIL)
+    S_now = masked(S_now, row0, key0, num_keys, WHICH, MASKED, KEY_TAIL)
     P = gl.exp2(S_now * qk_scale - L[None, :])
     P_half = gl.convert_layout(P.to(dtype), HELD)
     D = load_columns(d_slots.index(slot), COLS)
@@ -212,13 +210,13 @@ def one_turn(
     dv = warpgroup_mma(P_half, dO, dv, is_async=True)
     fence_async_shared()
     meet(0 if SPLIT else PARITY, MINE)
-    if MINE and (HALVES or WHICH == 0):
+    if MINE:
         # Both groups are done with the turn before, and at head dim 64 with the one before that.
         for more in gl.static_range(STAGES // 2):
             fetch(
                 q, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, full,
                 at + STAGES // 2 + more, turn + STAGES // 2 + more, num_turns, batch, first_head,
-                first_row, per_head, head_row, num_queries_padded, WHICH if HALVES else ALL, GROUP,
+                first_row, per_head, head_row, num_queries_padded, WHICH, GROUP,
                 STAGES,
             )  # fmt: skip
     if SPLIT:
@@ -239,8 +237,32 @@ def one_turn(
 
 
 @gluon.jit
+def go_through(
+    q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, K, V,
+    ds_slots, dq_slots, full, ring, before, begin, end, num_turns, batch, first_head, first_row,
+    per_head, head_row, num_queries_padded, row, key0, num_keys, qk_scale,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, HOLD_K: gl.constexpr,
+    HOLD_V: gl.constexpr, MASKED: gl.constexpr, KEY_TAIL: gl.constexpr,
+):  # fmt: skip
+    """An even number of turns of one head. before: how many of other heads came earlier. row: the
+    head's first in L, D and the dQ buffer."""
+    STEP: gl.constexpr = STAGES // 2
+    for first in range(begin, end, STEP):
+        for half in gl.static_range(STEP):
+            row0 = first_row + (first + half) * ROWS
+            dk, dv = one_turn(
+                q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots,
+                v_slots, K, V, ds_slots, dq_slots, full, ring, before + first + half, num_turns,
+                batch, first_head, first_row, per_head, head_row, num_queries_padded, row + row0,
+                row0, key0, num_keys, qk_scale,
+                half, WHICH, GROUP, STAGES, HOLD_K, HOLD_V, MASKED, KEY_TAIL,
+            )  # fmt: skip
+    return dk, dv
+
+
+@gluon.jit
 def compute(
-    WHICH: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     HOLD_K: gl.constexpr, HOLD_V: gl.constexpr, CAUSAL: gl.constexpr, KEY_TAIL: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     q, k, v, do, lse2, delta, dq, dk_desc, dv_desc, q_slots, do_slots, l_slots, d_slots, k_slots,
@@ -251,7 +273,6 @@ def compute(
     dtype: gl.constexpr = q_slots.dtype
     D_LAYOUT: gl.constexpr = sums_layout(HEAD_DIM)
     KV_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, sums_layout(ROWS), 2)
-    STEP: gl.constexpr = STAGES // 2
     K_here = k_slots.index(0).reshape([KEYS, HEAD_DIM]).slice(WHICH * ROWS, ROWS, 0)
     V_here = v_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
     stage = out_slots.index(WHICH)
@@ -261,7 +282,7 @@ def compute(
     fetch_item(
         q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, kv_full,
         full, ring, tile, batch, kv_head, num_heads, num_queries_padded,
-        WHICH, HALVES, GROUP, STAGES, CAUSAL,
+        WHICH, GROUP, STAGES, CAUSAL,
     )  # fmt: skip
     while tile >= 0:
         prefetch_item(items_ptr, item)
@@ -284,29 +305,20 @@ def compute(
             begin = 0
             if CAUSAL:
                 begin = 2
-                for first in range(0, begin, STEP):
-                    for half in gl.static_range(STEP):
-                        row0 = first_row + (first + half) * ROWS
-                        dk, dv = one_turn(
-                            q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots,
-                            k_slots, v_slots, K, V, ds_slots, dq_slots, full, ring,
-                            before + first + half, num_turns, batch, first_head, first_row,
-                            per_head, head_row, num_queries_padded, row + row0, row0, key0,
-                            num_keys, qk_scale,
-                            half, WHICH, HALVES, GROUP, STAGES, HOLD_K, HOLD_V, True, KEY_TAIL,
-                        )  # fmt: skip
-            for first in range(begin, per_head, STEP):  # an even number of turns
-                for half in gl.static_range(STEP):
-                    row0 = first_row + (first + half) * ROWS
-                    dk, dv = one_turn(
-                        q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots,
-                        k_slots, v_slots, K, V, ds_slots, dq_slots, full, ring,
-                        before + first + half, num_turns, batch, first_head, first_row,
-                        per_head, head_row, num_queries_padded, row + row0, row0, key0,
-                        num_keys, qk_scale,
-                        half, WHICH, HALVES, GROUP, STAGES, HOLD_K, HOLD_V, False,
-                        KEY_TAIL,
-                    )  # fmt: skip
+                dk, dv = go_through(
+                    q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots,
+                    v_slots, K, V, ds_slots, dq_slots, full, ring, before, 0, begin, num_turns,
+                    batch, first_head, first_row, per_head, head_row, num_queries_padded, row, key0,
+                    num_keys, qk_scale,
+                    WHICH, GROUP, STAGES, HOLD_K, HOLD_V, True, KEY_TAIL,
+                )  # fmt: skip
+            dk, dv = go_through(
+                q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots,
+                v_slots, K, V, ds_slots, dq_slots, full, ring, before, begin, per_head, num_turns,
+                batch, first_head, first_row, per_head, head_row, num_queries_padded, row, key0,
+                num_keys, qk_scale,
+                WHICH, GROUP, STAGES, HOLD_K, HOLD_V, False, KEY_TAIL,
+            )  # fmt: skip
         # Looked up again: the loop has no registers for it.
         next_tile, next_batch, next_head = item_after(items_ptr, item)
         tile, batch, kv_head, item = item_at(items_ptr, item)
@@ -316,7 +328,7 @@ def compute(
             fetch_item(
                 q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots,
                 kv_full, full, ring, next_tile, next_batch, next_head, num_heads,
-                num_queries_padded, WHICH, HALVES, GROUP, STAGES, CAUSAL,
+                num_queries_padded, WHICH, GROUP, STAGES, CAUSAL,
             )  # fmt: skip
         key = tile * KEYS + WHICH * ROWS
         store_rows(dv_desc, batch, kv_head, key, num_keys, stage, dv, dtype)
@@ -335,7 +347,6 @@ def backward_kernel(
     num_keys,
     qk_scale,
     scale,
-    HALVES: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     HOLD_K: gl.constexpr,
@@ -362,7 +373,7 @@ def backward_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     mbarrier.init(kv_full.index(0), count=2)
     for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=2 if HALVES else 1)
+        mbarrier.init(full.index(slot), count=2)
     fence_async_shared()
     shared = (
         q, k, v, do, lse2, delta, dq, dk, dv, q_slots, do_slots, l_slots, d_slots, k_slots,
@@ -374,11 +385,11 @@ def backward_kernel(
         [
             (
                 compute,
-                (0, HALVES, GROUP, STAGES, HOLD_K, HOLD_V, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
+                (0, GROUP, STAGES, HOLD_K, HOLD_V, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
             (
                 compute,
-                (1, HALVES, GROUP, STAGES, HOLD_K, HOLD_V, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
+                (1, GROUP, STAGES, HOLD_K, HOLD_V, CAUSAL, KEY_TAIL, HEAD_DIM) + shared,
             ),
         ],
         [4],

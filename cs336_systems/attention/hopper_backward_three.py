@@ -108,7 +108,7 @@ def one_turn(
     q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots,
     dq_slots, full, ring, turn, num_turns, batch, first_head, first_row, per_head, head_row,
     num_queries_padded, row, row0, key0, num_keys, qk_scale,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
     KEY_TAIL: gl.constexpr,
 ):  # fmt: skip
     """One turn. row: its first query's row in L, D and the dQ buffer.
@@ -132,7 +132,7 @@ def one_turn(
     L = load_columns(l_slots.index(slot), COLS)
     S = warpgroup_mma(K, Q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     S_now = warpgroup_mma_wait(0, (S,))
-    S_now = masked(S_now, row0, key0, num_keys, WHICH, CAUSAL, False, KEY_TAIL)
+    S_now = masked(S_now, row0, key0, num_keys, WHICH, MASKED, KEY_TAIL)
     D = load_columns(d_slots.index(slot), COLS)
     P = gl.exp2(S_now * qk_scale - L[None, :])
     rest = warpgroup_mma(minus_V, dO.permute((1, 0)), D[None, :] * (zeros + 1.0), is_async=True)
@@ -161,6 +161,26 @@ def one_turn(
     else:
         # Triton wants one between turns; here warps are close together.
         gl.thread_barrier()
+    return dk, dv
+
+
+@gluon.jit
+def go_through(
+    q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V, ds_slots,
+    dq_slots, full, ring, before, begin, end, num_turns, batch, first_head, first_row, per_head,
+    head_row, num_queries_padded, row, key0, num_keys, qk_scale,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    KEY_TAIL: gl.constexpr,
+):  # fmt: skip
+    """As `hopper_backward.go_through`, of any number of turns."""
+    for step in range(begin, end):
+        row0 = first_row + step * ROWS
+        dk, dv = one_turn(
+            q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots, minus_V,
+            ds_slots, dq_slots, full, ring, before + step, num_turns, batch, first_head, first_row,
+            per_head, head_row, num_queries_padded, row + row0, row0, key0, num_keys, qk_scale,
+            WHICH, GROUP, STAGES, MASKED, KEY_TAIL,
+        )  # fmt: skip
     return dk, dv
 
 
@@ -202,15 +222,23 @@ def compute(
         minus_V = -V_here.load(KV_LAYOUT)
         for member in range(GROUP):
             before, row = member * per_head, head_row + member * num_queries_padded
-            for step in range(per_head):
-                row0 = first_row + step * ROWS
-                dk, dv = one_turn(
+            begin = 0
+            if CAUSAL:
+                begin = gl.minimum(GROUPS, per_head)
+                dk, dv = go_through(
                     q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots,
-                    minus_V, ds_slots, dq_slots, full, ring, before + step, num_turns, batch,
-                    first_head, first_row, per_head, head_row, num_queries_padded, row + row0,
-                    row0, key0, num_keys, qk_scale,
-                    WHICH, GROUP, STAGES, CAUSAL, KEY_TAIL,
+                    minus_V, ds_slots, dq_slots, full, ring, before, 0, begin, num_turns, batch,
+                    first_head, first_row, per_head, head_row, num_queries_padded, row, key0,
+                    num_keys, qk_scale,
+                    WHICH, GROUP, STAGES, True, KEY_TAIL,
                 )  # fmt: skip
+            dk, dv = go_through(
+                q, do, lse2, delta, dk, dv, dq, q_slots, do_slots, l_slots, d_slots, k_slots,
+                minus_V, ds_slots, dq_slots, full, ring, before, begin, per_head, num_turns, batch,
+                first_head, first_row, per_head, head_row, num_queries_padded, row, key0, num_keys,
+                qk_scale,
+                WHICH, GROUP, STAGES, False, KEY_TAIL,
+            )  # fmt: skip
         # Looked up again: the loop has no registers for it.
         next_tile, next_batch, next_head = item_after(items_ptr, item)
         tile, batch, kv_head, item = item_at(items_ptr, item)

@@ -25,17 +25,15 @@ def reduce_add(desc, coord, src, _semantic=None):
 
 @gluon.jit
 def masked(
-    S_now, row0, key0, num_keys,
-    WHICH: gl.constexpr, CAUSAL: gl.constexpr, EVERY: gl.constexpr, KEY_TAIL: gl.constexpr,
-):  # fmt: skip
+    S_now, row0, key0, num_keys, WHICH: gl.constexpr, MASKED: gl.constexpr, KEY_TAIL: gl.constexpr
+):
     """Return the scores of a group's keys and a turn's queries, the first of which is row0, with
-    -inf where a query does not see a key. EVERY: without a look whether there is one."""
+    -inf for keys past the last one, and if MASKED for keys behind their queries."""
     S_LAYOUT: gl.constexpr = sums_layout(ROWS)
     keys = key0 + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    if CAUSAL:  # noqa: SIM102 (known when compiled)
-        if EVERY or row0 < key0 + (WHICH + 1) * ROWS:
-            rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(0, S_LAYOUT))
-            S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
+    if MASKED:
+        rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(0, S_LAYOUT))
+        S_now = gl.where(keys[:, None] <= rows[None, :], S_now, float("-inf"))
     if KEY_TAIL:
         S_now = gl.where((keys < num_keys)[:, None], S_now, float("-inf"))
     return S_now

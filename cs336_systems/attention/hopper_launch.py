@@ -69,8 +69,6 @@ class BackwardTile:
     """Whether V is."""
     persistent: bool
     """As ForwardTile's."""
-    halves: bool = False
-    """Whether each of two groups asks for half of what a turn needs, else the first for all."""
     num_groups: int = 2
     """Warpgroups of 64 keys each. Three, at head dim 64, are another kernel; it holds V alone."""
 
@@ -99,7 +97,7 @@ FORWARD = {
 }
 """By head dim, as BACKWARD."""
 BACKWARD = {
-    64: BackwardTile(num_stages=4, hold_k=True, hold_v=True, persistent=True, halves=True),
+    64: BackwardTile(num_stages=4, hold_k=True, hold_v=True, persistent=True),
     128: BackwardTile(num_stages=2, hold_k=False, hold_v=True, persistent=True),
 }
 
@@ -257,7 +255,6 @@ def _constants(tile: BackwardTile) -> dict[str, int | bool]:
         "STAGES": tile.num_stages,
         "HOLD_K": tile.hold_k,
         "HOLD_V": tile.hold_v,
-        "HALVES": tile.halves,
     }
 
 
