@@ -7,7 +7,9 @@ A candidate is a checkout's path and, behind a colon, fields of its tile that ar
 value. Each has a process of its own, in which its results are first held to fp64 and to themselves;
 one that raises, hangs or moves is left out with a line that says so. Then all take turns, forwards
 and backwards, in bursts long enough to meet the power limit, and the clock and the power of each
-burst are written down: at that limit a faster kernel gets a lower clock.
+burst are written down: at that limit a faster kernel gets a lower clock. With --apart calls are
+timed one at a time, behind a flush of L2 and a pause, as the benchmarks do: bursts tell candidates
+apart that differ by 3 %, calls apart those that differ by 1 % (0.3 % in forward passes).
 
 The backward pass includes what goes before its kernel (D, a buffer of zeros) and after it.
 """
@@ -150,6 +152,7 @@ def compare(
     *,
     rounds: int,
     seconds: float,
+    apart: bool,
 ) -> dict[str, Any]:
     """Check and time all candidates, printing as it goes; return what was found."""
     workers = {candidate.name: Worker(candidate) for candidate in candidates}
@@ -164,7 +167,7 @@ def compare(
             for which in passes:
                 question = {"do": "build", "which": which, **shape}
                 _ask_all(candidates, workers, {}, _BUILD_SECONDS, question)
-                runs = _take_turns(list(workers), workers, rounds, seconds)
+                runs = _take_turns(list(workers), workers, rounds, seconds, apart)
                 found["rows"].append({"shape": name, "pass": which, "runs": runs})
                 print(_line(name, which, shape, runs), flush=True)
     finally:
@@ -192,26 +195,27 @@ def _ask_all(
 
 
 def _take_turns(
-    names: list[str], workers: dict[str, Worker], rounds: int, seconds: float
+    names: list[str], workers: dict[str, Worker], rounds: int, seconds: float, apart: bool
 ) -> dict[str, list[Any]]:
     runs: dict[str, list[Any]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             if name in workers:
-                answer = workers[name].ask(_TIME_SECONDS, do="time", seconds=seconds)
+                question = {"do": "time", "seconds": seconds, "apart": apart}
+                answer = workers[name].ask(_TIME_SECONDS, **question)
                 if "error" in answer:
                     print(f"{name}: left out: {answer['error']}", flush=True)
                     del workers[name]
                 else:
-                    runs[name].append(answer["burst"])
+                    runs[name].append(answer["timed"])
     return runs
 
 
 def _line(name: str, which: str, shape: dict[str, Any], runs: dict[str, list[Any]]) -> str:
     parts = []
-    for candidate, bursts in runs.items():
-        if bursts:
-            ms, mhz, watts = (median(burst[at] for burst in bursts) for at in range(3))
+    for candidate, turns in runs.items():
+        if turns:
+            ms, mhz, watts = (median(turn[at] for turn in turns) for at in range(3))
             rate = flops(shape, which) / ms / 1e9
             parts.append(f"{candidate} {rate:.0f} TFLOP/s ({mhz:.0f} MHz, {watts:.0f} W)")
     return f"{name}, {which}: {'; '.join(parts) or 'nothing left'}"
@@ -225,9 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("candidates", nargs="+", metavar="NAME=PATH[:field=value,...]")
     parser.add_argument("--shapes", nargs="+", default=["B1 H16 S16384 D64 causal"])
     parser.add_argument("--passes", nargs="+", choices=_PASSES, default=list(_PASSES))
-    parser.add_argument("--rounds", type=int, default=3, help="bursts of each")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a burst")
-    parser.add_argument("--json", type=Path, help="write all bursts there: ms, MHz, W")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a turn")
+    parser.add_argument("--apart", action="store_true", help="time calls one at a time")
+    parser.add_argument("--json", type=Path, help="write all turns there: median ms, MHz, W")
     options = parser.parse_args(argv)
     try:
         candidates = [Candidate.parse(text) for text in options.candidates]
@@ -239,7 +244,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compare_kernels: {error}", file=sys.stderr)
         return 2
     found = compare(
-        candidates, options.shapes, options.passes, rounds=options.rounds, seconds=options.seconds
+        candidates,
+        options.shapes,
+        options.passes,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        apart=options.apart,
     )
     if options.json is not None:
         options.json.write_text(json.dumps(found))

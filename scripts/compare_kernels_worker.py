@@ -1,11 +1,13 @@
 """One candidate of `compare_kernels.py`: answers questions, a line of JSON each, on standard input.
 
 check: hold results to fp64 on a few shapes, with what the plain formula errs there, and to
-themselves in further runs. build: make inputs and launches of one shape. time: one burst.
+themselves in further runs. build: make inputs and launches of one shape. time: calls back to back,
+or apart.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -30,6 +32,12 @@ FACTOR = 3.0
 """Times the plain formula's error in the same dtype, beside one rounding of the largest."""
 REPEATS = 8
 _BURST_MS = 20.0
+_FLUSHED_BYTES = 256 << 20
+_LAUNCH_CYCLES = 400_000
+"""For how long the GPU waits before a call apart, so that the host is done with it: 0.2 ms."""
+_PAUSE = 0.5
+"""Of what a call apart takes."""
+_FEWEST_APART = 7
 
 Run = Callable[[], None]
 
@@ -55,19 +63,21 @@ def build(
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     scale, head_dim = q.shape[3] ** -0.5, q.shape[3]
     how: dict[str, Any] = {"causal": causal, "scale": scale}
-    changed: Any = hopper_launch.FORWARD[head_dim]
+    tiles: Any = hopper_launch.FORWARD if which == "forward" else hopper_launch.BACKWARD
+    # A checkout's own choice, unless its tile is to have other values.
+    other = replace(tiles[head_dim], **tile) if tile else None
     if which == "forward":
-        changed = replace(changed, **tile)
-        return hopper_launch.plan_hopper_forward(q, k, v, o, lse, **how, tile=changed).run, [o, lse]
+        return hopper_launch.plan_hopper_forward(q, k, v, o, lse, **how, tile=other).run, [o, lse]
     hopper_launch.plan_hopper_forward(q, k, v, o, lse, **how).run()
     rows = triton.cdiv(q.shape[2], 128) * 128
     lse2, delta = (q.new_empty((*q.shape[:2], rows), dtype=torch.float32) for _ in range(2))
     sums = lse2.new_empty((lse2.numel(), head_dim))
     grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
-    # A checkout's own choice, unless its tile is to have other values.
-    other = replace(hopper_launch.BACKWARD[head_dim], **tile) if tile else None
+    # Older checkouts know one order of L and D alone.
+    knows_orders = "fragments" in inspect.signature(plan_preprocess).parameters
+    order = {"fragments": True} if knows_orders else {}
     launches = (
-        plan_preprocess(o, do, lse, lse2, delta, sums, fragments=True),
+        plan_preprocess(o, do, lse, lse2, delta, sums, **order),
         hopper_launch.plan_hopper_backward(
             q, k, v, do, lse2, delta, sums, *grads[1:], **how, tile=other
         ),
@@ -134,6 +144,28 @@ def burst(run: Run, seconds: float) -> list[float]:
     return [median(times), median(clocks), median(powers)]
 
 
+def apart(run: Run, seconds: float) -> list[float]:
+    """Return median ms of a call, MHz and W over some seconds of calls with pauses.
+
+    As the benchmarks call: a flush of L2 comes before each. No call waits for the host, and the GPU
+    has some time to cool, so that two medians differ by less than two of bursts.
+    """
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    run()
+    times, clocks, powers = [], [], []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times) < _FEWEST_APART:
+        flushed.zero_()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_LAUNCH_CYCLES)
+        times.append(_elapsed(run, 1))
+        clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+        powers.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
+        time.sleep(_PAUSE * times[-1] / 1000)
+    return [median(times), median(clocks), median(powers)]
+
+
 def _elapsed(run: Run, calls: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -172,7 +204,8 @@ def main() -> None:
                 answer = {}
             else:
                 assert run is not None
-                answer = {"burst": burst(run, question["seconds"])}
+                how = apart if question["apart"] else burst
+                answer = {"timed": how(run, question["seconds"])}
         except Exception as error:  # whatever a candidate does wrong is its answer
             answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         print(json.dumps(answer), flush=True)

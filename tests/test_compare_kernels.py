@@ -25,12 +25,12 @@ for line in sys.stdin:
     if tile.get("ends"):
         sys.exit(3)
     with open({log!r}, "a") as log:
-        print(question["do"], question.get("which", ""), file=log)
+        print(question["do"], question.get("which", question.get("apart")), file=log)
     if tile.get("wrong"):
         print(json.dumps({{"error": "AssertionError: dq errs"}}), flush=True)
     else:
         print("noise of a library", flush=True)
-        print(json.dumps({{"burst": [2.0, 1700.0, 690.0]}}), flush=True)
+        print(json.dumps({{"timed": [2.0, 1700.0, 690.0]}}), flush=True)
 """
 
 
@@ -84,11 +84,13 @@ def test_flops_count_the_causal_half_and_backward_twice_and_a_half() -> None:
     assert flops(causal, "backward") == flops(full, "forward") / 2 * 2.5
 
 
-def test_all_take_turns_and_every_burst_is_kept(
-    stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("apart", [False, True])
+def test_all_take_turns_and_every_one_is_kept(
+    apart: bool, stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
     arguments = [f"a={ROOT}", f"b={ROOT}:hold=False", "--shapes", SHAPE, "--rounds", "2"]
+    arguments += ["--apart"] if apart else []
     assert main([*arguments, "--json", str(out)]) == 0
     found: dict[str, Any] = json.loads(out.read_text())
     assert [row["pass"] for row in found["rows"]] == ["forward", "backward"]
@@ -97,7 +99,7 @@ def test_all_take_turns_and_every_burst_is_kept(
         "b": [[2.0, 1700.0, 690.0]] * 2,
     }
     asked = stand_in.read_text().split("\n")
-    assert sum(line.startswith("time") for line in asked) == 8
+    assert asked.count(f"time {apart}") == 8
     assert sum(line.startswith("check") for line in asked) == 4
     rate = flops(parse_shape(SHAPE), "forward") / 2.0 / 1e9
     assert f"a {rate:.0f} TFLOP/s (1700 MHz, 690 W)" in capsys.readouterr().out

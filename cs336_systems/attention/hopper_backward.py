@@ -1,5 +1,5 @@
 """FlashAttention's backward pass on Hopper in Gluon, five products a tile: two warpgroups compute,
-and one of them also fetches.
+and fetch for themselves.
 
 An item of work is 128 keys of one key-value head, 64 to a warpgroup; a program does one item after
 another and in each goes through all queries that see the keys, of all heads that share them, 64 a

@@ -1,6 +1,6 @@
 """FlashAttention's backward pass on Hopper for head dim 64 with three warpgroups that compute.
 
-As `hopper_backward`, but an item of work is 192 keys, and 160 registers a thread are left. All
+As `hopper_backward`, but an item of work is 192 keys, and 168 registers a thread are left. All
 three groups go through the same turns of 64 queries; dQ of a turn, which needs the dS of all, is
 computed and sent by one of them, each in one of three turns. The others only say that their dS is
 there and go on, so that one group's products run beside another's exponentials.
