@@ -153,7 +153,8 @@ def apart(run: Run, seconds: float) -> list[float]:
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
     run()
-    times, clocks, powers = [], [], []
+    times: list[float] = []
+    clocks, powers = [], []
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(times) < _FEWEST_APART:
         flushed.zero_()
