@@ -132,16 +132,9 @@ def check(which: str, head_dim: int, tile: dict[str, Any]) -> dict[str, Any]:
 
 def burst(run: Run, seconds: float) -> list[float]:
     """Return median ms of a call, MHz and W over some seconds of calls back to back."""
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     one = _elapsed(run, 5) / 5
     calls = max(3, min(200, int(_BURST_MS / one)))
-    times, clocks, powers = [], [], []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        times.append(_elapsed(run, calls) / calls)
-        clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-        powers.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
-    return [median(times), median(clocks), median(powers)]
+    return _medians(lambda: _elapsed(run, calls) / calls, seconds)
 
 
 def apart(run: Run, seconds: float) -> list[float]:
@@ -150,20 +143,34 @@ def apart(run: Run, seconds: float) -> list[float]:
     As the benchmarks call: a flush of L2 comes before each. No call waits for the host, and the GPU
     has some time to cool, so that two medians differ by less than two of bursts.
     """
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
     run()
-    times: list[float] = []
-    clocks, powers = [], []
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times) < _FEWEST_APART:
+
+    def once() -> float:
         flushed.zero_()
         torch.cuda.synchronize()
         torch.cuda._sleep(_LAUNCH_CYCLES)
-        times.append(_elapsed(run, 1))
+        return _elapsed(run, 1)
+
+    return _medians(once, seconds, fewest=_FEWEST_APART, pause=_PAUSE)
+
+
+def _medians(
+    once: Callable[[], float], seconds: float, *, fewest: int = 1, pause: float = 0.0
+) -> list[float]:
+    """Return the medians of what `once` returns, ms, and of MHz and W behind it, over some seconds.
+
+    pause: before the next time, of what `once` returned.
+    """
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    times: list[float] = []
+    clocks, powers = [], []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times) < fewest:
+        times.append(once())
         clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
         powers.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
-        time.sleep(_PAUSE * times[-1] / 1000)
+        time.sleep(pause * times[-1] / 1000)
     return [median(times), median(clocks), median(powers)]
 
 

@@ -572,7 +572,6 @@ _OF_THE_COMPILER: dict[str, Callable[..., Any]] = {
     "times": lambda sums, alpha, _: sums * alpha,
     "as_integers": lambda x: x.view(torch.int32),
     "as_floats": lambda bits: bits.view(torch.float32),
-    "in_order": lambda x, _: x,
 }
 
 

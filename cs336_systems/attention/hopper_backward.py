@@ -60,10 +60,12 @@ from cs336_systems.attention.hopper_common import (
 from cs336_systems.attention.hopper_gradients import masked, send, times_keys
 
 KEYS = gl.constexpr(128)
-
 ITEMS = gl.constexpr(2)
 """The named barrier at which groups learn that both are done with an item; dS has 0 and 1."""
 ALL = gl.constexpr(2)
+"""What a turn needs, of which groups 0 and 1 otherwise ask for a share each."""
+LEAST = gl.constexpr(128)
+"""Queries that every item goes through, an even number of turns."""
 
 
 @gluon.jit
@@ -78,12 +80,17 @@ def place(turn, first_row, per_head, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
-    """Return the first query to go through."""
+def extent(
+    key0, batch, kv_head, num_heads, num_queries_padded,
+    LEAST: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """Return an item's first query of each head, how many turns a head has, and the first head's
+    row in L, D and the dQ buffer. LEAST: how many queries an item goes through at least."""
     first_row = 0
     if CAUSAL:  # Of keys that no query sees, the last queries' scores are all masked.
-        first_row = gl.minimum(key0, num_queries_padded - 2 * ROWS)
-    return first_row
+        first_row = gl.minimum(key0, num_queries_padded - LEAST)
+    per_head = (num_queries_padded - first_row) // ROWS
+    return first_row, per_head, (batch * num_heads + kv_head * GROUP) * num_queries_padded
 
 
 @gluon.jit
@@ -126,9 +133,9 @@ def fetch_item(
     """Ask for an item's K (group 0) or V, and for this group's share of as many turns as `one_turn`
     leaves out: of those before the first where it asks for more."""
     key0 = tile * KEYS
-    first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-    per_head = (num_queries_padded - first_row) // ROWS
-    head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+    first_row, per_head, head_row = extent(
+        key0, batch, kv_head, num_heads, num_queries_padded, LEAST, GROUP, CAUSAL
+    )
     mbarrier.expect(kv_full.index(0), k.block_type.nbytes)
     if WHICH == 0:
         tma.async_copy_global_to_shared(
@@ -287,11 +294,10 @@ def compute(
     while tile >= 0:
         prefetch_item(items_ptr, item)
         key0 = tile * KEYS
-        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-        per_head = (num_queries_padded - first_row) // ROWS
-        num_turns = GROUP * per_head
-        first_head = kv_head * GROUP
-        head_row = (batch * num_heads + first_head) * num_queries_padded
+        first_row, per_head, head_row = extent(
+            key0, batch, kv_head, num_heads, num_queries_padded, LEAST, GROUP, CAUSAL
+        )
+        num_turns, first_head = GROUP * per_head, kv_head * GROUP
         dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         mbarrier.wait(kv_full.index(0), done & 1)

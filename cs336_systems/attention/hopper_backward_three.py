@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cs336_systems.attention.hopper_backward import ALL, fetch, store_rows
+from cs336_systems.attention.hopper_backward import ALL, extent, fetch, store_rows
 from cs336_systems.attention.hopper_common import (
     ROWS,
     come_to_meet,
@@ -60,15 +60,6 @@ all are done with an item."""
 
 
 @gluon.jit
-def first_row_of(key0, num_queries_padded, CAUSAL: gl.constexpr):
-    """Return the first query to go through."""
-    first_row = 0
-    if CAUSAL:  # Of keys that no query sees, the last queries' scores are all masked.
-        first_row = gl.minimum(key0, num_queries_padded - ROWS)
-    return first_row
-
-
-@gluon.jit
 def fetch_item(
     q, k, v, do, lse2, delta, q_slots, do_slots, l_slots, d_slots, k_slots, v_slots, kv_full, full,
     ring, tile, batch, kv_head, num_heads, num_queries_padded,
@@ -76,9 +67,9 @@ def fetch_item(
 ):  # fmt: skip
     """Ask for an item's K and V, and for its first turns, up to those that `one_turn` asks for."""
     key0 = tile * KEYS
-    first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-    per_head = (num_queries_padded - first_row) // ROWS
-    head_row = (batch * num_heads + kv_head * GROUP) * num_queries_padded
+    first_row, per_head, head_row = extent(
+        key0, batch, kv_head, num_heads, num_queries_padded, ROWS, GROUP, CAUSAL
+    )
     mbarrier.expect(kv_full.index(0), GROUPS * (k.block_type.nbytes + v.block_type.nbytes))
     for group in gl.static_range(GROUPS):
         box = [batch, kv_head, key0 + group * ROWS, 0]
@@ -209,11 +200,10 @@ def compute(
     while tile >= 0:
         prefetch_item(items_ptr, item)
         key0 = tile * KEYS
-        first_row = first_row_of(key0, num_queries_padded, CAUSAL)
-        per_head = (num_queries_padded - first_row) // ROWS
-        num_turns = GROUP * per_head
-        first_head = kv_head * GROUP
-        head_row = (batch * num_heads + first_head) * num_queries_padded
+        first_row, per_head, head_row = extent(
+            key0, batch, kv_head, num_heads, num_queries_padded, ROWS, GROUP, CAUSAL
+        )
+        num_turns, first_head = GROUP * per_head, kv_head * GROUP
         dk = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         dv = gl.zeros((ROWS, HEAD_DIM), gl.float32, D_LAYOUT)
         mbarrier.wait(kv_full.index(0), done & 1)

@@ -1,8 +1,8 @@
 """What the Hopper kernels share: where a program works, barriers by name, and giving back slots.
 
-Barriers: a slot's `full` is signalled by the accelerator's bytes, its `empty` by every warpgroup
-that reads it. In its n-th use a reader waits for parity n & 1 of `full`, the fetching warp for the
-opposite of `empty`.
+Barriers: a slot's `full` is signalled by the accelerator's bytes; in its n-th use a reader waits
+for parity n & 1 of it. Where a warp of its own fetches, as in the forward pass, a slot's `empty` is
+signalled by every warpgroup that reads it, and that warp waits for the opposite parity.
 
 Slots that come back turn by turn have a named barrier for an `empty`. There every thread arrives
 for itself and goes on; to arrive at one in memory, one thread for its group, the group's warps must
