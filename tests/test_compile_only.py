@@ -107,13 +107,13 @@ def test_hopper_kernels_fit_keep_their_products_in_flight_and_are_as_documented(
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     kernels = [line for line in lines if ";" in line]
-    assert len(kernels) == 20
+    assert len(kernels) == 24
     for line in kernels:
         name, shared, serialized, overwritten = line.split(";")
         assert int(shared) <= SHARED_BYTES[90]
         assert serialized == "False"
         # The forward kernel's P is meant to change from turn to turn; K and V held are not.
-        assert overwritten == "0" or name == "forward"
+        assert overwritten == "0" or name.startswith("forward")
     document = Path(__file__).parent.parent / "docs" / "kernel-resources.md"
     assert "\n".join(lines[len(kernels) :]) in document.read_text()
 

@@ -190,10 +190,13 @@ def test_any_shape_layout_and_scale(
 
 
 @contextmanager
-def three_groups() -> Iterator[None]:
-    """Have head dim 64 take the kernel of long sequences, whatever the length."""
-    always = mock.patch.dict(hopper_launch.THREE_GROUPS_KEYS, {True: 0, False: 0})
-    with always, mock.patch.object(triton_run, "_REPLAYS", {}):
+def long_sequences() -> Iterator[None]:
+    """Have head dim 64 take the kernels of long sequences, whatever the length."""
+    with (
+        mock.patch.object(hopper_launch, "FOUR_GROUPS_QUERIES", 0),
+        mock.patch.dict(hopper_launch.THREE_GROUPS_KEYS, {True: 0, False: 0}),
+        mock.patch.object(triton_run, "_REPLAYS", {}),
+    ):
         yield
 
 
@@ -210,7 +213,7 @@ def three_groups() -> Iterator[None]:
 @example(0, "contiguous", 1, 1, 1, torch.float16, True)
 @example(0, "fused qkv", 2, 129, 65, torch.float16, True)
 @example(0, "padded", 3, 65, 449, torch.bfloat16, False)
-def test_three_groups_on_any_shape(
+def test_kernels_of_long_sequences_on_any_shape(
     seed: int,
     layout: str,
     group: int,
@@ -219,7 +222,7 @@ def test_three_groups_on_any_shape(
     dtype: torch.dtype,
     is_causal: bool,
 ) -> None:
-    with three_groups():
+    with long_sequences():
         inputs = make(layout, (group, 1), (num_queries, num_keys), 64, dtype, seed, 2)
         check(*inputs, is_causal=is_causal)
 

@@ -19,6 +19,7 @@ from cs336_systems.attention import hopper_launch
 from cs336_systems.attention.hopper_launch import (
     BACKWARD,
     FORWARD,
+    FOUR_GROUPS,
     THREE_GROUPS,
     BackwardTile,
     ForwardTile,
@@ -36,6 +37,7 @@ FORWARD_TILES = {
         replace(FORWARD[64], ping_pong=False),
         replace(FORWARD[64], persistent=False),
         replace(FORWARD[64], num_groups=2, num_stages=3),
+        FOUR_GROUPS,
         replace(FORWARD[64], threes=False, early=False, hold=True),
     ],
     128: [
@@ -262,8 +264,8 @@ def test_integers_alone_would_miss_maxima_that_are_negative_and_grow() -> None:
 FORWARD_MISTAKES = {
     "V given back while it is read": (
         "acc = warpgroup_mma_wait(0, (acc,))\n            "
-        "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)",
-        "hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)\n            "
+        "hand_back(V_BARRIERS + before, NUM_GROUPS)",
+        "hand_back(V_BARRIERS + before, NUM_GROUPS)\n            "
         "acc = warpgroup_mma_wait(0, (acc,))",
     ),
     "K read before it is there": (
@@ -275,8 +277,8 @@ FORWARD_MISTAKES = {
         "mbarrier.wait(v_full.index(before), (at // STAGES) & 1)",
     ),
     "one group alone frees a slot": (
-        "take_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)",
-        "take_back(NUM_GROUPS + STAGES + slot, 1)",
+        "take_back(V_BARRIERS + slot, NUM_GROUPS)",
+        "take_back(V_BARRIERS + slot, 1)",
     ),
     "no fence before O is sent": (
         ".store(acc.to(dtype))\n    fence_async_shared()",
@@ -290,7 +292,7 @@ FORWARD_MISTAKES = {
     "O overwritten while it leaves": ("    tma.store_wait(0)  # of the item before\n", ""),
     "the ring begins anew": ("        ring += num\n    tma", "    tma"),
     "the last V not given back": (
-        "hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)\n    acc = acc * gl.convert_layout(1.0",
+        "hand_back(V_BARRIERS + slot, NUM_GROUPS)\n    acc = acc * gl.convert_layout(1.0",
         "acc = acc * gl.convert_layout(1.0",
     ),
     "S taken while in flight": (
@@ -303,10 +305,29 @@ FORWARD_MISTAKES = {
     ),
     "skipped tiles not given back": (
         "mbarrier.wait(v_full.index(slot), parity)\n        "
-        "hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)",
+        "hand_back(V_BARRIERS + slot, NUM_GROUPS)",
         "mbarrier.wait(v_full.index(slot), parity)",
     ),
-    "K and V share barriers": ("NUM_GROUPS + STAGES + before", "NUM_GROUPS + before"),
+    "K and V share barriers": ("V_BARRIERS + before", "NUM_GROUPS + before"),
+}
+FOUR_GROUPS_MISTAKES = {
+    "K and V given back while V is read": (
+        "        if V_BARRIERS > NUM_GROUPS:\n"
+        "            hand_back(NUM_GROUPS + slot, NUM_GROUPS)\n        m_tile",
+        "        hand_back(NUM_GROUPS + slot, NUM_GROUPS)\n        m_tile",
+    ),
+    "three groups free a slot": (
+        "take_back(NUM_GROUPS + slot, NUM_GROUPS)",
+        "take_back(NUM_GROUPS + slot, NUM_GROUPS - 1)",
+    ),
+    "V of the tile before not waited for": (
+        "mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)",
+        "pass",
+    ),
+    "the last tile not given back": (
+        "hand_back(V_BARRIERS + slot, NUM_GROUPS)\n    acc = acc * gl.convert_layout(1.0",
+        "acc = acc * gl.convert_layout(1.0",
+    ),
 }
 BACKWARD_MISTAKES = {
     "dS of the other group not waited for": (
@@ -434,7 +455,7 @@ def is_found(
     changes: tuple[Change | None, Change | None],
     head_dim: int,
     num_orders: int = 8,
-    tile: BackwardTile | None = None,
+    tiles: tuple[ForwardTile | None, BackwardTile | None] = (None, None),
 ) -> bool:
     """Tell whether one of a few orders shows a mistake."""
     for seed in range(num_orders):
@@ -443,7 +464,7 @@ def is_found(
             if seed % 2:
                 let_grow(*inputs[:2], 20.0)
             try:
-                check(*inputs, seed=seed, is_causal=is_causal, tiles=(None, tile), changes=changes)
+                check(*inputs, seed=seed, is_causal=is_causal, tiles=tiles, changes=changes)
             except (InterpreterError, AssertionError):
                 return True
     return False
@@ -452,6 +473,11 @@ def is_found(
 @pytest.mark.parametrize("mistake", FORWARD_MISTAKES)
 def test_mistakes_of_the_forward_kernel_are_found(mistake: str) -> None:
     assert is_found((FORWARD_MISTAKES[mistake], None), 64)
+
+
+@pytest.mark.parametrize("mistake", FOUR_GROUPS_MISTAKES)
+def test_mistakes_of_the_forward_kernel_with_four_groups_are_found(mistake: str) -> None:
+    assert is_found((FOUR_GROUPS_MISTAKES[mistake], None), 64, tiles=(FOUR_GROUPS, None))
 
 
 @pytest.mark.parametrize("mistake", BACKWARD_MISTAKES)
@@ -468,9 +494,9 @@ def test_mistakes_of_the_backward_kernel_whose_groups_take_turns_are_found(
 
 @pytest.mark.parametrize("mistake", THREE_GROUPS_MISTAKES)
 def test_mistakes_of_the_backward_kernel_with_three_groups_are_found(mistake: str) -> None:
-    assert is_found((None, THREE_GROUPS_MISTAKES[mistake]), 64, tile=THREE_GROUPS)
+    assert is_found((None, THREE_GROUPS_MISTAKES[mistake]), 64, tiles=(None, THREE_GROUPS))
 
 
 @pytest.mark.parametrize(("head_dim", "tile"), [(64, None), (128, None), (64, THREE_GROUPS)])
 def test_without_a_mistake_nothing_is_found(head_dim: int, tile: BackwardTile | None) -> None:
-    assert not is_found((None, None), head_dim, num_orders=3, tile=tile)
+    assert not is_found((None, None), head_dim, num_orders=3, tiles=(None, tile))

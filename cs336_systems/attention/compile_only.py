@@ -26,6 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cs336_systems.attention.hopper_launch import (
     BACKWARD,
+    FORWARD,
+    FOUR_GROUPS,
     THREE_GROUPS,
     plan_hopper_backward,
     plan_hopper_forward,
@@ -251,7 +253,11 @@ def hopper_launches(
     lse, lse2, delta = (_meta(batch, heads, num) for num in (length, rows, rows))
     dq_sum = _meta(batch * heads * rows, head_dim)
     how: dict[str, Any] = {"causal": causal, "scale": head_dim**-0.5}
-    yield "forward", plan_hopper_forward(q, k, v, o, lse, **how)
+    forward = {"forward": FORWARD[head_dim]}
+    if head_dim == 64:
+        forward["forward, four groups"] = FOUR_GROUPS
+    for name, shape in forward.items():
+        yield name, plan_hopper_forward(q, k, v, o, lse, **how, tile=shape)
     kernels = {"backward": BACKWARD[head_dim]}
     if head_dim == 64:
         kernels["backward, three groups"] = THREE_GROUPS

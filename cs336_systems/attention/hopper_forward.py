@@ -23,6 +23,7 @@ Source: Shah et al. 2024 (FlashAttention-3), section 3; Dao 2023 (FlashAttention
 
 from __future__ import annotations
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -51,6 +52,13 @@ SLACK = gl.constexpr(8.0)
 """By how much, in base 2, a row's maximum may pass m_i: weights are then at most 256."""
 
 
+@constexpr_function
+def v_barriers(num_groups, stages):
+    """Return the first named barrier of V's slots. If there are more than two slots they are K's
+    too, which then come back a turn later than they could."""
+    return num_groups + (stages if stages == 2 else 0)
+
+
 @gluon.jit
 def num_key_tiles(stop_row, num_keys, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
     """Return how many tiles of keys the queries before stop_row see."""
@@ -68,6 +76,7 @@ def produce(
     items_ptr, num_keys,
 ):  # fmt: skip
     """Fetch Q, then K and V tile by tile, as slots become free."""
+    V_BARRIERS: gl.constexpr = v_barriers(NUM_GROUPS, STAGES)
     done, ring = 0, 0  # items, and tiles of keys
     tile, batch, head, following = item_at(items_ptr, gl.program_id(0))
     while tile >= 0:
@@ -92,8 +101,9 @@ def produce(
                         q, [batch, head, row0 + group * ROWS, 0], q_full.index(group),
                         q_slots.index(group),
                     )  # fmt: skip
-            if at >= STAGES:
-                take_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
+            if V_BARRIERS > NUM_GROUPS:  # noqa: SIM102 (known when compiled)
+                if at >= STAGES:
+                    take_back(V_BARRIERS + slot, NUM_GROUPS)
             mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
             tma.async_copy_global_to_shared(
                 v, [batch, kv_head, key0, 0], v_full.index(slot), v_slots.index(slot)
@@ -122,6 +132,7 @@ def go_through(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     NEXT: gl.constexpr = (WHICH + 1) % NUM_GROUPS
+    V_BARRIERS: gl.constexpr = v_barriers(NUM_GROUPS, STAGES)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
     for at in range(begin, end):
         slot, before = at % STAGES, (at - 1) % STAGES
@@ -136,21 +147,22 @@ def go_through(
         if PING_PONG:
             meet(NEXT, False)
         S = warpgroup_mma_wait(1, (S,))
-        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
+        if V_BARRIERS > NUM_GROUPS:
+            hand_back(NUM_GROUPS + slot, NUM_GROUPS)
         m_tile = gl.convert_layout(row_max(S, BLOCK_N, THREES), S_ROWS) * qk_scale
         m_new = gl.where(m_tile > m_i + SLACK, m_tile, m_i)
         alpha = gl.exp2(m_i - m_new)
         factors = gl.convert_layout(alpha, O_ROWS)[:, None]
         if EARLY:
             acc = warpgroup_mma_wait(0, (acc,))
-            hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)
+            hand_back(V_BARRIERS + before, NUM_GROUPS)
             acc = times(acc, factors, HEAD_DIM)
         P = gl.exp2(S * qk_scale - m_new[:, None])
         l_i = rescale(l_i, alpha) + row_sum(P, BLOCK_N)
         m_i = m_new
         if not EARLY:
             acc = warpgroup_mma_wait(0, (acc,))
-            hand_back(NUM_GROUPS + STAGES + before, NUM_GROUPS)
+            hand_back(V_BARRIERS + before, NUM_GROUPS)
             acc = times(acc, factors, HEAD_DIM)
         P_half = gl.convert_layout(P.to(dtype), P_LAYOUT)
     return acc, P_half, m_i, l_i
@@ -175,6 +187,7 @@ def attend(
     row0 = tile * (NUM_GROUPS * ROWS) + WHICH * ROWS
     first = num - num_key_tiles(row0 + ROWS, num_keys, CAUSAL, BLOCK_N)
     NEXT: gl.constexpr = (WHICH + 1) % NUM_GROUPS
+    V_BARRIERS: gl.constexpr = v_barriers(NUM_GROUPS, STAGES)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, S_LAYOUT)
     Q = q_slots.index(WHICH).reshape([ROWS, HEAD_DIM])
 
@@ -184,9 +197,10 @@ def attend(
         if PING_PONG:
             meet(WHICH, True)  # every group takes as many turns
             meet(NEXT, False)
-        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
+        if V_BARRIERS > NUM_GROUPS:
+            hand_back(NUM_GROUPS + slot, NUM_GROUPS)
         mbarrier.wait(v_full.index(slot), parity)
-        hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
+        hand_back(V_BARRIERS + slot, NUM_GROUPS)
 
     mbarrier.wait(q_full.index(WHICH), done & 1)
     if HOLD:
@@ -201,7 +215,8 @@ def attend(
     if PING_PONG:
         meet(NEXT, False)
     S = warpgroup_mma_wait(0, (S,))
-    hand_back(NUM_GROUPS + slot, NUM_GROUPS)
+    if V_BARRIERS > NUM_GROUPS:
+        hand_back(NUM_GROUPS + slot, NUM_GROUPS)
     if CAUSAL or KEY_TAIL:
         cols = (num - 1 - first) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
         last = num_keys - 1 + gl.zeros((ROWS,), gl.int32, S_ROWS)
@@ -241,7 +256,7 @@ def attend(
     lse = (m_i + gl.log2(total)) * LN_2
     tma.store_wait(0)  # of the item before
     acc = warpgroup_mma_wait(0, (acc,))
-    hand_back(NUM_GROUPS + STAGES + slot, NUM_GROUPS)
+    hand_back(V_BARRIERS + slot, NUM_GROUPS)
     acc = acc * gl.convert_layout(1.0 / total, O_ROWS)[:, None]
     o_slots.index(WHICH).reshape([ROWS, HEAD_DIM]).store(acc.to(dtype))
     fence_async_shared()
@@ -311,7 +326,7 @@ def forward_kernel(
     v_slots = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout)
     o_slots = gl.allocate_shared_memory(o.dtype, [NUM_GROUPS, 1, 1, ROWS, HEAD_DIM], o.layout)
     # Named barriers: the groups' turns, then K's and V's slots.
-    gl.static_assert(NUM_GROUPS + 2 * STAGES <= NUM_BARRIERS)
+    gl.static_assert(v_barriers(NUM_GROUPS, STAGES) + STAGES <= NUM_BARRIERS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
@@ -353,8 +368,7 @@ def forward_kernel(
             [4, 1],
             [240, 24],
         )  # fmt: skip
-    else:
-        gl.static_assert(NUM_GROUPS == 3)
+    elif NUM_GROUPS == 3:
         gl.warp_specialize(
             [
                 (
@@ -379,4 +393,37 @@ def forward_kernel(
             ],
             [4, 4, 1],
             [160, 160, 32],
+        )  # fmt: skip
+    else:
+        gl.static_assert(NUM_GROUPS == 4)
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
+                    + shared,
+                ),
+                (
+                    consume,
+                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
+                    + shared,
+                ),
+                (
+                    consume,
+                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
+                    + shared,
+                ),
+                (
+                    consume,
+                    (3, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                     BLOCK_N, HEAD_DIM)
+                    + shared,
+                ),
+                (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
         )  # fmt: skip

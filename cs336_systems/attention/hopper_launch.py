@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class ForwardTile:
     """Warpgroups of 64 queries each."""
     block_n: int
     num_stages: int
+    """Tiles of K, and of V, on their way or in use. With more than two, K's and V's slots come back
+    together."""
     ping_pong: bool
     """Whether groups take turns with the tensor cores."""
     persistent: bool
@@ -102,6 +104,19 @@ BACKWARD = {
 }
 
 
+FOUR_GROUPS = replace(FORWARD[64], num_groups=4, block_n=64, num_stages=4)
+FOUR_GROUPS_QUERIES = 4096
+"""Up to how many queries under a causal mask four groups are faster, whose tiles of 64 keys leave
+less to be masked; more instructions for each score."""
+
+
+def forward_tile(head_dim: int, num_queries: int, *, causal: bool) -> ForwardTile:
+    """Return the tile for so many queries."""
+    if head_dim == 64 and causal and num_queries <= FOUR_GROUPS_QUERIES:
+        return FOUR_GROUPS
+    return FORWARD[head_dim]
+
+
 THREE_GROUPS = BackwardTile(num_stages=3, hold_k=False, hold_v=True, persistent=True, num_groups=3)
 THREE_GROUPS_KEYS = {True: 8192, False: 2048}
 """By whether the mask is causal: from how many keys on three groups are faster. Fewer tiles of 192
@@ -146,7 +161,7 @@ def plan_hopper_forward(
 ) -> Launch:  # fmt: skip
     """Return the launch that fills O and L; tensors are four-dimensional, scale positive."""
     batch, num_heads, num_queries, head_dim = q.shape
-    tile = tile or FORWARD[head_dim]
+    tile = tile or forward_tile(head_dim, num_queries, causal=causal)
     rows = tile.num_groups * GROUP_ROWS
     num_tiles = triton.cdiv(num_queries, rows)
     num_keys, group = k.shape[2], num_heads // k.shape[1]
