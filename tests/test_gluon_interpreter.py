@@ -42,7 +42,7 @@ FORWARD_TILES = {
     ],
     128: [
         FORWARD[128],
-        replace(FORWARD[128], ping_pong=True),
+        replace(FORWARD[128], ping_pong=False),
         replace(FORWARD[128], early=True),
         replace(FORWARD[128], hold=False),
     ],

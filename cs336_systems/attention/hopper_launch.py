@@ -90,7 +90,7 @@ FORWARD = {
         num_groups=2,
         block_n=128,
         num_stages=2,
-        ping_pong=False,
+        ping_pong=True,
         persistent=True,
         threes=True,
         early=False,
@@ -104,8 +104,8 @@ BACKWARD = {
 }
 
 
-FOUR_GROUPS = replace(FORWARD[64], num_groups=4, block_n=64, num_stages=4)
-FOUR_GROUPS_QUERIES = 4096
+FOUR_GROUPS = replace(FORWARD[64], num_groups=4, block_n=64, num_stages=3)
+FOUR_GROUPS_QUERIES = 8192
 """Up to how many queries under a causal mask four groups are faster, whose tiles of 64 keys leave
 less to be masked; more instructions for each score."""
 
