@@ -296,6 +296,19 @@ def consume(
     tma.store_wait(0)
 
 
+@constexpr_function
+def worker_warps(num_groups):
+    """Return how many warps each group but the first has, and the one that fetches."""
+    return [4] * (num_groups - 1) + [1]
+
+
+@constexpr_function
+def worker_registers(num_groups):
+    """Return the registers of each of their threads."""
+    each, fetching = {2: (240, 24), 3: (160, 32), 4: (112, 24)}[num_groups]
+    return [each] * (num_groups - 1) + [fetching]
+
+
 @gluon.jit
 def forward_kernel(
     q,
@@ -347,83 +360,19 @@ def forward_kernel(
         q, k, v, q_slots, k_slots, v_slots, q_full, q_empty, k_full, v_full,
         items_ptr, num_keys,
     )  # fmt: skip
-    # Constants stay such only outside of variables. Gluon has no unpacking.
-    if NUM_GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (
-                    consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    elif NUM_GROUPS == 3:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (
-                    consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (
-                    consume,
-                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )  # fmt: skip
-    else:
-        gl.static_assert(NUM_GROUPS == 4)
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (0, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (
-                    consume,
-                    (1, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (
-                    consume,
-                    (2, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (
-                    consume,
-                    (3, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
-                     BLOCK_N, HEAD_DIM)
-                    + shared,
-                ),
-                (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched),
-            ],
-            [4, 4, 4, 1],
-            [112, 112, 112, 24],
-        )  # fmt: skip
+    # Constants stay such only outside of variables and on the left of a sum of tuples.
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (group, NUM_GROUPS, STAGES, CAUSAL, KEY_TAIL, PING_PONG, THREES, EARLY, HOLD,
+                 BLOCK_N, HEAD_DIM)
+                + shared,
+            )
+            if group < NUM_GROUPS
+            else (produce, (GROUP, NUM_GROUPS, STAGES, CAUSAL, BLOCK_N) + fetched)
+            for group in (0, 1, 2, 3, 4)[: NUM_GROUPS + 1]
+        ],
+        worker_warps(NUM_GROUPS),
+        worker_registers(NUM_GROUPS),
+    )  # fmt: skip
